@@ -1,0 +1,88 @@
+"""The set-up step: fetch the wheel that holds the CT scans, alone, pinned and checked.
+
+The scans are part of the PyPI package ``pycerr``. The package itself is never installed (its dependencies are heavy
+and its code is GPL): its wheel is fetched once, and `attn_gate.demo.dicom` reads the scans out of it as a zip file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from attn_gate.demo.errors import DemoError
+
+REQUIREMENT = "pycerr==2.5.1"
+WHEEL = "pycerr-2.5.1-py3-none-any.whl"
+SHA256 = "5c3e82cc387538c5c38143827314fc2aa743ef886e8518f7f52beff6805c635d"
+TIMEOUT_S = 180
+
+
+class NotFetched(DemoError):
+    """The wheel could not be fetched (no network, no pip): the caller may go on with synthetic scans."""
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for attn_gate, by the custom of the operating system. It need not exist yet."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "attn_gate"
+
+
+def check_sha256(path: Path, expected: str = SHA256) -> None:
+    """Refuse a file whose content is not the pinned one.
+
+    Raises:
+        DemoError: naming the file, both sums and what to do about it.
+    """
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != expected:
+        raise DemoError(
+            f"{path} is not the pinned file: its sha256 is {found}, expected {expected}. "
+            "Delete it and run the demo again."
+        )
+
+
+def fetch_wheel(directory: Path | None = None) -> Path:
+    """Path of the checked wheel; downloaded into `directory` (default: `cache_dir()`) if it isn't there yet.
+
+    Raises:
+        NotFetched: pip could not download it.
+        DemoError: the file there, or the file downloaded, is not the pinned one.
+    """
+    directory = cache_dir() if directory is None else Path(directory)
+    target = directory / WHEEL
+    if target.exists():
+        check_sha256(target)
+        return target
+    directory.mkdir(parents=True, exist_ok=True)
+    # A folder beside the target, so that the finished file appears under its name in one step or not at all.
+    with tempfile.TemporaryDirectory(dir=directory, prefix="fetch-") as scratch:
+        _pip_download(Path(scratch))
+        downloaded = Path(scratch) / WHEEL
+        if not downloaded.exists():
+            raise NotFetched(f"pip ran but left no {WHEEL}")
+        check_sha256(downloaded)
+        os.replace(downloaded, target)
+    return target
+
+
+def _pip_download(into: Path) -> None:
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python",
+        "--no-input", "--disable-pip-version-check", "--quiet", "--dest", str(into), REQUIREMENT,
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise NotFetched(f"pip download {REQUIREMENT} took longer than {TIMEOUT_S} s") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise NotFetched(f"pip download {REQUIREMENT} failed: {lines[-1].strip() if lines else 'no message'}")

@@ -1,0 +1,275 @@
+"""AttentionGate: a gate with its parameters, computed by fused operators as far as its spec allows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_gate import eager, functional
+from attn_gate.folding import FoldCache, fold_layer, has_hooks, is_foldable
+from attn_gate.norms import make_norm
+from attn_gate.spec import Fusion, GateSpec
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_INITS = ("default", "paper")
+
+
+class AttentionGate(nn.Module):
+    """Attention gate: y = x * resize(alpha) with alpha = sigmoid(psi . relu(theta x + resize(phi g))).
+
+        gate = AttentionGate(64, 128)                  # the paper's: x [N, 64, 2H, 2W], g [N, 128, H, W]
+        y = gate(x, g)
+        y, alpha = gate(x, g, return_attention=True)   # alpha [N, 1, H, W]
+
+    Args:
+        in_channels: channels C of the skip connection x.
+        gating_channels: channels G of the gating signal g.
+        inter_channels: channels I in between; half of in_channels (at least 1) by default.
+        spatial_dims: 1, 2 (the default) or 3; a GateSpec brings its own.
+        preset: "paper" | "keras" | "same_grid" (see attn_gate.spec.PRESETS), or a GateSpec.
+        backend: "auto" | "cpu" | "cuda" | "triton", for the fused operators, or "eager": plain PyTorch
+        throughout.
+            The attribute of this name may be changed at any time.
+        recompute: whether the backward pass of the whole gate computes theta + phi again instead of keeping
+        them; see
+            functional.attention_gate. The attribute may be changed at any time.
+        init: "default", PyTorch's; or "paper", that of the authors' code: see `reset_parameters`.
+        **overrides: fields of GateSpec that differ from the preset's.
+
+    Layers: theta, phi, psi (convolutions); theta_norm, phi_norm, psi_norm, phi_tail and W (output transform:
+    convolution W[0], norm W[1]), each None where the spec has none. Hooks on them are called: a layer with
+    hooks, a norm in training mode, and what else the fused operators can't take (`gate.fusion(x)` says what
+    and why) runs as it is in PyTorch, and the rest is fused. Batch norms in eval mode are folded into the
+    weights.
+
+    Raises:
+        ValueError, TypeError: arguments out of range, unknown fields.
+
+    Source: Oktay et al. 2018 (arXiv 1804.03999), section 2.2.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        gating_channels: int,
+        inter_channels: int | None = None,
+        *,
+        spatial_dims: int | None = None,
+        preset: str | GateSpec = "paper",
+        backend: str = "auto",
+        recompute: str | bool = "auto",
+        init: str = "default",
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        inter_channels = max(1, in_channels // 2) if inter_channels is None else inter_channels
+        channels = {
+            "in_channels": in_channels,
+            "gating_channels": gating_channels,
+            "inter_channels": inter_channels,
+        }
+        for name, value in channels.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+        if isinstance(preset, GateSpec):
+            if spatial_dims not in (None, preset.spatial_dims):
+                raise ValueError(
+                    f"spatial_dims is {spatial_dims!r}, that of the GateSpec {preset.spatial_dims}"
+                )
+            spec = preset.replace(**overrides)
+        else:
+            spec = GateSpec.from_preset(preset, 2 if spatial_dims is None else spatial_dims, **overrides)
+
+        self.spec = spec
+        self.in_channels, self.gating_channels, self.inter_channels = channels.values()
+        self.backend = backend
+        self.recompute = recompute
+        self._fold_cache = FoldCache()
+
+        conv = _CONV[spec.spatial_dims]
+        # The zeros of "same" aren't symmetric; eager.pad puts them.
+        padding = [(k - 1) // 2 if spec.theta_padding == "symmetric" else 0 for k in spec.theta_kernel]
+        self.theta = conv(
+            in_channels,
+            inter_channels,
+            spec.theta_kernel,
+            stride=spec.theta_stride,
+            padding=tuple(padding),
+            bias=spec.theta_bias,
+        )
+        self.phi = conv(
+            gating_channels, inter_channels, spec.phi_kernel, stride=spec.phi_stride, bias=spec.phi_bias
+        )
+        psi_channels = in_channels if spec.psi_channels == "in_channels" else 1
+        self.psi = conv(inter_channels, psi_channels, 1, bias=spec.psi_bias)
+        self.phi_tail = None
+        if spec.phi_tail_stride is not None:
+            # n * stride outputs, with stride 2 one more, which eager.project_g cuts off.
+            self.phi_tail = _TRANSPOSED[spec.spatial_dims](
+                inter_channels,
+                inter_channels,
+                3,
+                stride=spec.phi_tail_stride,
+                padding=tuple(int(s == 1) for s in spec.phi_tail_stride),
+                output_padding=tuple(max(s - 3, 0) for s in spec.phi_tail_stride),
+            )
+        self.theta_norm = make_norm(spec.theta_norm, inter_channels, spec)
+        self.phi_norm = make_norm(spec.phi_norm, inter_channels, spec)
+        self.psi_norm = make_norm(spec.psi_norm, psi_channels, spec)
+        self.W = None
+        if spec.output != "none":
+            layers = [conv(in_channels, in_channels, 1)]
+            if spec.output == "conv_norm":
+                layers.append(make_norm(spec.output_norm, in_channels, spec))
+            self.W = nn.Sequential(*layers)
+        if init != "default":
+            self.reset_parameters(init)
+
+    def reset_parameters(self, init: str = "default") -> None:
+        """Draws new parameters: "default", PyTorch's; "paper", that of the authors' code.
+
+        The latter: weights of convolutions from N(0, 2 / fan_in) (Kaiming), their biases PyTorch's default,
+        scales of norms from N(1, 0.02), their shifts 0.
+        """
+        if init not in _INITS:
+            raise ValueError(f"init must be one of {', '.join(map(repr, _INITS))}; got {init!r}")
+        for layer in self.modules():
+            if layer is self or not hasattr(layer, "reset_parameters"):
+                continue
+            layer.reset_parameters()
+            if init == "paper" and isinstance(layer, tuple(_CONV.values()) + tuple(_TRANSPOSED.values())):
+                nn.init.kaiming_normal_(layer.weight, a=0, mode="fan_in")
+            elif init == "paper":
+                nn.init.normal_(layer.weight, 1.0, 0.02)
+
+    def forward(self, x: Tensor, g: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """y [N, C, *S] for x [N, C, *S] and g [N, G, *Q]; with return_attention (y, alpha), alpha [N, 1, *R].
+
+        y has x's dtype (autocast's under autocast), alpha is float32 (float64 for float64).
+        psi_channels="in_channels" makes alpha [N, C, *R].
+
+        Raises:
+            TypeError: x or g isn't a floating tensor.
+            ValueError: ranks, batches, channels, devices or grids don't fit.
+        """
+        self._check(x, g)
+        fusion = Fusion("eager", "backend='eager'") if self.backend == "eager" else self.fusion(x)
+        if fusion.plan.startswith("whole"):
+            y, alpha = self._whole(x, g, logits=fusion.plan == "whole_logits")
+        elif fusion.plan.startswith("chain"):
+            y, alpha = self._chain(x, g, logits=fusion.plan == "chain_logits")
+        else:
+            alpha = eager.attention(self.spec, self, x, g)
+            y = self._weigh(x, alpha) if fusion.plan == "apply" else eager.weigh(self.spec, x, alpha)
+        y = eager.transform(self, y)
+        return (y, alpha) if return_attention else y
+
+    def fusion(self, x: Tensor | None = None) -> Fusion:
+        """What of this gate fused operators compute now, and why not more; x adds what its size decides."""
+        unfused = [name for name in ("theta", "phi", "psi") if not self._is_plain(name)]
+        for name in ("theta_norm", "phi_norm", "psi_norm"):
+            norm = getattr(self, name)
+            if norm is not None and not is_foldable(norm):
+                unfused.append(name)
+        if x is not None and self.spec.theta_padding == "same":
+            size = x.shape[2:]
+            if any(map(any, self.spec.theta_pads(size))):
+                unfused.append("theta")
+        return self.spec.fusion(unfused)
+
+    def extra_repr(self) -> str:
+        defaults = GateSpec(spatial_dims=self.spec.spatial_dims)
+        fields = {f.name: getattr(self.spec, f.name) for f in dataclasses.fields(GateSpec)}
+        told = [f"{name}={v!r}" for name, v in fields.items() if v != getattr(defaults, name)]
+        channels = f"{self.in_channels}, {self.gating_channels}, {self.inter_channels}"
+        dims, backend = f"spatial_dims={self.spec.spatial_dims}", f"backend={self.backend!r}"
+        return ", ".join([channels, dims, *told, backend])
+
+    def _whole(self, x: Tensor, g: Tensor, *, logits: bool) -> tuple[Tensor, Tensor]:
+        spec = self.spec
+        inputs = (eager.input_of_theta(spec, x, g), g, *self._fold_cache.folded(self))
+        options = {
+            "stride": spec.theta_stride,
+            "phi_resize": eager.kernel_resize(spec.phi_resize),
+            "activation": spec.activation,
+            "recompute": self.recompute,
+            "backend": self.backend,
+        }
+        if logits:
+            return self._finish(x, functional.attention_logits(*inputs, **options))
+        options["alpha_resize"] = eager.kernel_resize(spec.alpha_resize)
+        return functional.attention_gate(*inputs, **options)
+
+    def _chain(self, x: Tensor, g: Tensor, *, logits: bool) -> tuple[Tensor, Tensor]:
+        spec = self.spec
+        theta, phi = eager.project_x(spec, self, x, g), eager.project_g(spec, self, g)
+        if torch.is_grad_enabled() and (theta.requires_grad or phi.requires_grad):
+            # Added here the operator keeps one map of I channels for its backward pass, not two.
+            theta, phi = eager.combine(spec, theta, phi), None
+        if not torch.is_autocast_enabled(x.device.type):
+            theta, phi = theta.to(x.dtype), None if phi is None else phi.to(x.dtype)
+        inputs = (theta, phi, *fold_layer(self, "psi"))
+        options = {
+            "phi_resize": eager.kernel_resize(spec.phi_resize),
+            "activation": spec.activation,
+            "backend": self.backend,
+        }
+        if logits:
+            return self._finish(x, functional.gate_logits(*inputs, **options))
+        options["alpha_resize"] = eager.kernel_resize(spec.alpha_resize)
+        return functional.gate(x, *inputs, **options)
+
+    def _finish(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        norm = None if is_foldable(self.psi_norm) else self.psi_norm
+        alpha = eager.finish_logits(self.spec, norm, logits)
+        return self._weigh(x, alpha), alpha
+
+    def _weigh(self, x: Tensor, alpha: Tensor) -> Tensor:
+        mode = eager.kernel_resize(self.spec.alpha_resize)
+        return functional.apply_attention(x, alpha, alpha_resize=mode, backend=self.backend)
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether the fused operators may use the parameters of this layer in place of calling it."""
+        layer = getattr(self, name)
+        # The exact class: a parametrised, quantised or otherwise wrapped convolution is a subclass.
+        return type(layer) is _CONV[self.spec.spatial_dims] and not has_hooks(layer)
+
+    def _check(self, x: Tensor, g: Tensor) -> None:
+        spec = self.spec
+        for name, t, channels in (("x", x, self.in_channels), ("g", g, self.gating_channels)):
+            if not isinstance(t, Tensor) or not t.is_floating_point():
+                got = f"a tensor of {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
+                raise TypeError(f"{name} must be a floating-point tensor; got {got}")
+            if t.ndim != spec.spatial_dims + 2:
+                raise ValueError(
+                    f"{name} must have {spec.spatial_dims + 2} dimensions, [N, channels] and "
+                    f"{spec.spatial_dims} of space; got shape {tuple(t.shape)}"
+                )
+            if t.shape[1] != channels:
+                other = self.gating_channels if name == "x" else self.in_channels
+                hint = "; are x and g swapped? The call is gate(x, g)" if t.shape[1] == other else ""
+                raise ValueError(f"{name} must have {channels} channels; got shape {tuple(t.shape)}{hint}")
+        if x.shape[0] != g.shape[0]:
+            raise ValueError(f"x and g must have the same batch size; got {x.shape[0]} and {g.shape[0]}")
+        if x.device != g.device:
+            raise ValueError(f"x and g must be on the same device; got {x.device} and {g.device}")
+
+        x_size, g_size = tuple(x.shape[2:]), tuple(g.shape[2:])
+        theta_size, phi_size = spec.theta_grid(x_size, g_size), spec.phi_grid(g_size)
+        for name, size, result in (("x", x_size, theta_size), ("g", g_size, phi_size)):
+            if min(size + result) < 1:
+                raise ValueError(f"{name} is too small for this gate: its grid {size} becomes {result}")
+        if spec.phi_resize == "none" and theta_size != phi_size:
+            raise ValueError(
+                f"phi_resize='none' needs theta and phi on one grid; got {theta_size} from x and {phi_size} "
+                "from g. Make the gate with phi_resize='linear', 'nearest' or 'align_corners', or resize g"
+            )
+        if spec.alpha_resize == "none" and theta_size != x_size:
+            raise ValueError(
+                f"alpha_resize='none' needs alpha on x's grid {x_size}; got {theta_size}. "
+                "Make the gate with alpha_resize='linear', 'nearest' or 'align_corners'"
+            )

@@ -1,0 +1,1 @@
+"""Speed and memory benchmarks of attn_gate, installed as `attn_gate.bench`."""

@@ -1,0 +1,284 @@
+// Backward. Bytes that must move on one grid: x, g and dy read once, dx and dg written once.
+//
+//   d_alpha = resize^T(sum_c dy * x)         d_logit = d_alpha * alpha * (1 - alpha)
+//   ds      = d_logit * psi * activation'(s) with s recomputed tile by tile (or read, where forward stored it)
+//   dx      = dy * resize(alpha) + W_theta^T ds      dg = W_phi^T ds      dW = ds [x; g]^T
+//   dbias   = sum ds      dpsi = sum d_logit * q      db = sum d_logit
+//
+// Parameter gradients are summed per group of tiles; the groups depend on the problem alone, never on the number of
+// threads, and are added in order: the same bits from run to run.
+#pragma once
+#include "forward.h"
+
+namespace attn_gate::cpu {
+namespace {
+
+constexpr int kPanel = 48;   // rows of the input a weight gradient panel covers: a multiple of kCols * lanes everywhere
+
+// dx or dg rows [k0, k0 + rows) of the tile: out[k][v] = init + (W^T ds)[k][v]. `out` may hold the initial value.
+template <bool Init, class T, class A>
+void project_back(const Worker<T>& work, const A* ds, int64_t k0, int64_t rows, int64_t len, A* out) {
+  const int64_t ld = work.ld, I = work.p.inter;
+  for_panels<A>(len, [&](auto nv, int64_t at) {
+    constexpr int NV = decltype(nv)::value;
+    for (int64_t k = 0; k < rows; k += kRows) {
+      const int some = int(smaller(kRows, rows - k));
+      Vec<A> acc[kRows][NV] = {};
+      // Rows of W^T lie in blocks counted from row 0 of [x; g]; a block boundary inside these rows splits the product.
+      const int64_t row = k0 + k, block = row / kBlock<A> * kBlock<A>;
+      if (row - block + kRows <= kBlock<A>) {
+        multiply<A, NV>(work.packed.backward + block * I + (row - block), ds + at, ld, I, acc);
+      } else {
+        const A* w = work.packed.backward;
+        for (int64_t i = 0; i < I; ++i)
+          for (int r = 0; r < some; ++r) {
+            const int64_t b = (row + r) / kBlock<A> * kBlock<A>;
+            for (int j = 0; j < NV; ++j)
+              acc[r][j] += w[b * I + i * kBlock<A> + row + r - b] * load(ds + i * ld + at + j * kLanes<A>);
+          }
+      }
+      for (int r = 0; r < some; ++r)
+        for (int j = 0; j < NV; ++j) {
+          A* to = out + (k + r) * ld + at + j * kLanes<A>;
+          store(to, Init ? load(to) + acc[r][j] : acc[r][j]);
+        }
+    }
+  });
+}
+
+template <class T>
+void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64_t n, int64_t v0, int64_t v1) {
+  using A = Acc<T>;
+  Worker<T> work(p, layout, true);
+  const int64_t ld = work.ld, voxels = p.coarse.voxels(), C = p.x.channels, I = p.inter, Ip = work.packed.inter, K = p.depth();
+  const bool same = p.same_grid(), apply = bool(p.dy);
+  const bool x_in_tile = p.uses_x();
+  std::optional<Resizer<A>> alpha_resize;
+  if (apply && !same) alpha_resize.emplace(p.alpha_resize, p.coarse, p.fine, true);
+  Buffer<A> alpha(ld), dlogit(ld), line(p.fine.w), ds(Ip * ld), dy(apply && same ? C * ld : 0);
+  Buffer<A> own_x(apply && same && !x_in_tile ? C * ld : 0);
+  const bool weights = p.weight_grads && K > 0;
+  Buffer<A> ds_t(weights ? Ip * ld : 0), panel(weights ? kPanel * ld : 0), lane_sums(2 * Ip * kLanes<A>);
+  A *bias_sums = lane_sums, *psi_sums = lane_sums + Ip * kLanes<A>;
+  std::memset(lane_sums, 0, size_t(2 * Ip * kLanes<A>) * sizeof(A));
+  A* sums = static_cast<A*>(p.partial) + group * layout.partial_elements;
+  A db = 0;
+  A* x_rows = x_in_tile ? static_cast<A*>(work.input) : static_cast<A*>(own_x);
+
+  for (int64_t v = v0; v < v1; v += ld) {
+    const int64_t end = smaller(v + ld, v1), len = end - v, padded = round_up(len, kLanes<A>);
+    work.load_input(n, v, end);
+    work.load_given(n, v, end);
+
+    if (p.ds) {
+      for (int64_t i = I; i < Ip; ++i) std::memset(ds + i * ld, 0, size_t(padded) * sizeof(A));
+      load_tile<T>(p.ds, work.flat, n, v, end, static_cast<A*>(ds), ld);
+    }
+
+    // d_logit, and dy * alpha in place of dy
+    for (int64_t i = 0; i < padded; ++i) dlogit[i] = A(0);
+    const A* dalpha = static_cast<const A*>(p.dalpha);
+    for (int64_t i = 0; dalpha && i < len; ++i) dlogit[i] = dalpha[n * voxels + v + i];
+    if (p.through_sigmoid) {
+      std::memcpy(alpha, static_cast<const A*>(p.alpha) + n * voxels + v, size_t(len) * sizeof(A));
+      for (int64_t i = len; i < padded; ++i) alpha[i] = A(0);
+    }
+    if (apply) {
+      if (same) {
+        load_tile<T>(p.dy, work.flat, n, v, end, static_cast<A*>(dy), ld);
+        if (!x_in_tile) load_tile<T>(p.x, work.flat, n, v, end, x_rows, ld);
+        for (int64_t i = 0; i < padded; i += kLanes<A>) {
+          const Vec<A> a = load(alpha + i);
+          Vec<A> dot = load(dlogit + i);
+          for (int64_t c = 0; c < C; ++c) {
+            const Vec<A> d = load(dy + c * ld + i);
+            dot += d * load(x_rows + c * ld + i);
+            store(dy + c * ld + i, d * a);
+          }
+          store(dlogit + i, dot);
+        }
+      } else {
+        Buffer<A> piece(p.coarse.w);
+        const A* dfine = static_cast<const A*>(p.dfine) + n * p.fine.voxels();
+        for_row_pieces(same_row_patches(p.coarse), v, end, [&](int64_t first, int64_t count, int64_t offset) {
+          const int64_t w0 = offset % p.coarse.w, row = offset / p.coarse.w;
+          alpha_resize->adjoint_row(dfine, row / p.coarse.h, row % p.coarse.h, w0, w0 + count, static_cast<A*>(piece), static_cast<A*>(line));
+          for (int64_t i = 0; i < count; ++i) dlogit[first + i] += piece[i];
+        });
+      }
+    }
+    if (p.through_sigmoid)
+      for (int64_t i = 0; i < padded; ++i) dlogit[i] *= alpha[i] * (A(1) - alpha[i]);
+    for (int64_t i = 0; i < len; ++i) db += dlogit[i];
+
+    // s, ds and the sums over voxels
+    for_panels<A>(p.ds ? 0 : len, [&](auto nv, int64_t at) {
+      constexpr int NV = decltype(nv)::value;
+      for (int64_t i = 0; i < I; i += kRows) {
+        Vec<A> acc[kRows][NV];
+        work.template preactivation<NV>(i, at, acc);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          Vec<A> bias_sum = load(bias_sums + (i + r) * kLanes<A>), psi_sum = load(psi_sums + (i + r) * kLanes<A>);
+#pragma GCC unroll 3
+          for (int j = 0; j < NV; ++j) {
+            const Vec<A> d = load(dlogit + at + j * kLanes<A>);
+            psi_sum += d * activate<A>(p.activation, acc[r][j]);
+            const Vec<A> e = activate_backward<A>(p.activation, acc[r][j], d * work.packed.psi[i + r]);
+            bias_sum += e;
+            store(ds + (i + r) * ld + at + j * kLanes<A>, e);
+          }
+          store(bias_sums + (i + r) * kLanes<A>, bias_sum);
+          store(psi_sums + (i + r) * kLanes<A>, psi_sum);
+        }
+      }
+    });
+    if (p.dtheta) store_tile<false, T>(p.dtheta, work.flat, n, v, end, static_cast<const A*>(ds), ld);
+
+    // dW += ds [x; g]^T, both operands turned so that the voxels are the depth of the product
+    if (weights) {
+      for (int64_t i = 0; i < Ip; i += kBlock<A>) transpose(ds + i * ld, ld, kBlock<A>, len, ds_t + i * ld, kBlock<A>);
+      for (int64_t k = 0; k < K; k += kPanel) {
+        const int64_t rows = smaller(kPanel, K - k);
+        transpose(work.input + k * ld, ld, rows, len, static_cast<A*>(panel), kPanel);
+        if (rows < kPanel)
+          for (int64_t i = 0; i < len; ++i)
+            for (int64_t r = rows; r < kPanel; ++r) panel[i * kPanel + r] = A(0);
+        for (int64_t q = 0; q < rows; q += int64_t(kCols) * kLanes<A>)
+          for (int64_t i = 0; i < I; i += kRows) {
+            const int64_t block = i / kBlock<A> * kBlock<A>;
+            Vec<A> acc[kRows][kCols];
+            A* to = sums + i * layout.row_stride + k + q;
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+              for (int j = 0; j < kCols; ++j) acc[r][j] = load(to + r * layout.row_stride + j * kLanes<A>);
+            multiply<A, kCols>(ds_t + block * ld + (i - block), panel + q, kPanel, len, acc);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+              for (int j = 0; j < kCols; ++j) store(to + r * layout.row_stride + j * kLanes<A>, acc[r][j]);
+          }
+      }
+    }
+
+    // dg, then dx: the tile's input rows are free now
+    if (p.dg) {
+      A* out = work.input + p.rows_x() * ld;
+      project_back<false>(work, static_cast<const A*>(ds), p.rows_x(), p.rows_g(), len, out);
+      store_tile<false, T>(p.dg, work.flat, n, v, end, static_cast<const A*>(out), ld);
+    }
+    if (p.dx) {
+      if (apply && same) {
+        if (p.uses_x()) project_back<true>(work, static_cast<const A*>(ds), 0, C, len, static_cast<A*>(dy));
+        store_tile<false, T>(p.dx, work.flat, n, v, end, static_cast<const A*>(dy), ld);
+      } else if (p.uses_x()) {           // onto dy * resize(alpha), or onto zeros, that is there already
+        project_back<false>(work, static_cast<const A*>(ds), 0, p.rows_x(), len, static_cast<A*>(work.input));
+        store_tile<true, T>(p.dx, work.patches, n, v, end, static_cast<const A*>(work.input), ld);
+      }
+    }
+  }
+  for (int64_t i = 0; i < I; ++i) {
+    sums[layout.bias_at + i] += horizontal_sum<A>(load(bias_sums + i * kLanes<A>));
+    sums[layout.psi_at + i] += horizontal_sum<A>(load(psi_sums + i * kLanes<A>));
+  }
+  sums[layout.psi_bias_at] += db;
+}
+
+template <class T>
+void apply_backward_rows(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
+  using A = Acc<T>;
+  const Resizer<A> resize(p.alpha_resize, p.coarse, p.fine);
+  const int64_t voxels = p.fine.voxels(), C = p.x.channels, step = rows_at_once(p.fine);
+  Buffer<A> up(step * p.fine.w), line(p.coarse.w);
+  const A* alpha = static_cast<const A*>(p.alpha) + n * p.coarse.voxels();
+  const T* x = sample_of<T>(p.x, n);
+  const T* dy = sample_of<T>(p.dy, n);
+  for (int64_t r = r0; r < r1; r += step) {
+    const int64_t end = smaller(r + step, r1), v = r * p.fine.w, len = (end - r) * p.fine.w;
+    if (p.dfine) {
+      A* sum = static_cast<A*>(p.dfine) + n * voxels + v;
+      // x's layout and dy's may differ
+      const int64_t xc = p.x.channels_last ? 1 : voxels, xv = p.x.channels_last ? C : 1;
+      const int64_t yc = p.dy.channels_last ? 1 : voxels, yv = p.dy.channels_last ? C : 1;
+      if (xv == 1 && yv == 1) {
+        for (int64_t i = 0; i < len; ++i) sum[i] = A(0);
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t i = 0; i < len; ++i) sum[i] += to_acc(dy[c * yc + v + i]) * to_acc(x[c * xc + v + i]);
+      } else {
+        for (int64_t i = 0; i < len; ++i) {
+          A lanes[16] = {};
+          const T *a = x + (v + i) * xv, *b = dy + (v + i) * yv;
+          int64_t c = 0;
+          if (xc == 1 && yc == 1)
+            for (; c + 16 <= C; c += 16)
+              for (int l = 0; l < 16; ++l) lanes[l] += to_acc(b[c + l]) * to_acc(a[c + l]);
+          for (; c < C; ++c) lanes[c % 16] += to_acc(b[c * yc]) * to_acc(a[c * xc]);
+          A total = 0;
+          for (int l = 0; l < 16; ++l) total += lanes[l];
+          sum[i] = total;
+        }
+      }
+    }
+    if (!p.dx) continue;
+    upsample_rows<A>(resize, alpha, r, end, up, line);
+    T* dx = sample_of<T>(p.dx, n);
+    const bool dx_last = p.dx.channels_last, dy_last = p.dy.channels_last;
+    for (int64_t a = 0; a < (dx_last ? len : C); ++a)
+      for (int64_t b = 0; b < (dx_last ? C : len); ++b) {
+        const int64_t i = dx_last ? a : b, c = dx_last ? b : a;
+        dx[dx_last ? (v + i) * C + c : c * voxels + v + i] =
+            from_acc<T>(to_acc(dy[dy_last ? (v + i) * C + c : c * voxels + v + i]) * up[i]);
+      }
+  }
+}
+
+template <class T>
+void gather_dalpha_voxels(const Problem& p, int64_t n, int64_t v0, int64_t v1) {
+  using A = Acc<T>;
+  const Resizer<A> resize(p.alpha_resize, p.coarse, p.fine, true);
+  Buffer<A> line(p.fine.w);
+  const A* dfine = static_cast<const A*>(p.dfine) + n * p.fine.voxels();
+  A* out = static_cast<A*>(p.dalpha_out) + n * p.coarse.voxels() + v0;
+  for_row_pieces(same_row_patches(p.coarse), v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
+    const int64_t w0 = offset % p.coarse.w, row = offset / p.coarse.w;
+    resize.adjoint_row(dfine, row / p.coarse.h, row % p.coarse.h, w0, w0 + count, out + first, static_cast<A*>(line));
+  });
+}
+
+template <class T>
+void gather_dphi_rows(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
+  using A = Acc<T>;
+  const Grid& q = p.dphi.grid;
+  const Resizer<A> resize(p.phi_resize, q, p.coarse, true);
+  const int64_t I = p.inter, coarse = p.coarse.voxels(), voxels = q.voxels();
+  const T* from = sample_of<T>(p.dtheta, n);
+  T* to = sample_of<T>(p.dphi, n);
+  Buffer<A> line(p.coarse.w), row(q.w), mixed(I);
+  for (int64_t r = r0; r < r1; ++r) {
+    const int64_t d = r / q.h, h = r % q.h;
+    if (!p.dphi.channels_last && !p.dtheta.channels_last) {
+      for (int64_t c = 0; c < I; ++c) {
+        resize.adjoint_row(from + c * coarse, d, h, 0, q.w, static_cast<A*>(row), static_cast<A*>(line));
+        convert_row_back(static_cast<const A*>(row), to + c * voxels + r * q.w, q.w);
+      }
+      continue;
+    }
+    const int64_t fc = p.dtheta.channels_last ? 1 : coarse, fv = p.dtheta.channels_last ? I : 1;
+    const int64_t tc = p.dphi.channels_last ? 1 : voxels, tv = p.dphi.channels_last ? I : 1;
+    for (int64_t w = 0; w < q.w; ++w) {
+      for (int64_t c = 0; c < I; ++c) mixed[c] = A(0);
+      for (int64_t a = resize.d.start[d]; a < resize.d.start[d + 1]; ++a)
+        for (int64_t b = resize.h.start[h]; b < resize.h.start[h + 1]; ++b)
+          for (int64_t e = resize.w.start[w]; e < resize.w.start[w + 1]; ++e) {
+            const int64_t voxel = (resize.d.index[a] * p.coarse.h + resize.h.index[b]) * p.coarse.w + resize.w.index[e];
+            const A weight = resize.d.weight[a] * resize.h.weight[b] * resize.w.weight[e];
+            for (int64_t c = 0; c < I; ++c) mixed[c] += weight * to_acc(from[c * fc + voxel * fv]);
+          }
+      for (int64_t c = 0; c < I; ++c) to[c * tc + (r * q.w + w) * tv] = from_acc<T>(mixed[c]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace attn_gate::cpu

@@ -1,0 +1,84 @@
+// The kernels of one instruction set: compiled once for each, with -DATTN_GATE_ISA=<name> and the matching -m flags.
+// All else has internal linkage, so that the linker can't pick one set's code for another.
+#include "backward.h"
+
+#define ATTN_GATE_JOIN_(a, b) a##b
+#define ATTN_GATE_JOIN(a, b) ATTN_GATE_JOIN_(a, b)
+#define ATTN_GATE_STRING_(a) #a
+#define ATTN_GATE_STRING(a) ATTN_GATE_STRING_(a)
+
+namespace attn_gate::cpu {
+namespace {
+
+template <class F>
+void with_dtype(DType t, F&& f) {
+  switch (t) {
+    case DType::f32: return f(float());
+    case DType::f64: return f(double());
+    case DType::bf16: return f(bf16());
+    case DType::f16: return f(f16());
+  }
+}
+
+template <class A>
+Layout layout_of(const Problem& p, bool backward) {
+  Layout l;
+  // Long rows make long runs of memory and deep weight-gradient products; the whole tile should stay in a core's L2.
+  const int64_t rows = p.depth() + p.x.channels + p.inter * (backward ? 2 : 1);
+  const int64_t fits = (int64_t(768) << 10) / int64_t(sizeof(A)) / (rows > 0 ? rows : 1);
+  const int64_t most = fits < 96 ? 96 : fits > 384 ? 384 : fits, voxels = p.coarse.voxels();
+  const int64_t tiles = voxels > 0 ? (voxels + most - 1) / most : 1;
+  l.tile = round_up(voxels > 0 ? (voxels + tiles - 1) / tiles : 1, 48);
+  const Packed<A> packed(p, backward);
+  l.packed_elements = packed.elements();
+  l.pack_units = packed.inter / kBlock<A> + (backward ? packed.depth / kBlock<A> : 0) + 1;
+  l.row_stride = p.weight_grads ? round_up(p.depth(), kPanel) : 0;
+  l.bias_at = packed.inter * l.row_stride;
+  l.psi_at = l.bias_at + packed.inter;
+  l.psi_bias_at = l.psi_at + packed.inter;
+  l.partial_elements = round_up(l.psi_bias_at + 1, 16);
+  return l;
+}
+
+Layout layout(const Problem& p, bool backward) {
+  return p.dtype == DType::f64 ? layout_of<double>(p, backward) : layout_of<float>(p, backward);
+}
+
+void pack(const Problem& p, const Layout&, bool backward, int64_t begin, int64_t end) {
+  for (int64_t u = begin; u < end; ++u) p.dtype == DType::f64 ? pack_unit<double>(p, backward, u) : pack_unit<float>(p, backward, u);
+}
+void forward(const Problem& p, const Layout& l, int64_t n, int64_t v0, int64_t v1) {
+  with_dtype(p.dtype, [&](auto t) { forward_tiles<decltype(t)>(p, l, n, v0, v1); });
+}
+void apply(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
+  with_dtype(p.dtype, [&](auto t) { apply_rows<decltype(t)>(p, n, r0, r1); });
+}
+void apply_backward(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
+  with_dtype(p.dtype, [&](auto t) { apply_backward_rows<decltype(t)>(p, n, r0, r1); });
+}
+void backward(const Problem& p, const Layout& l, int64_t group, int64_t n, int64_t v0, int64_t v1) {
+  with_dtype(p.dtype, [&](auto t) { backward_tiles<decltype(t)>(p, l, group, n, v0, v1); });
+}
+void gather_dalpha(const Problem& p, int64_t n, int64_t v0, int64_t v1) {
+  with_dtype(p.dtype, [&](auto t) { gather_dalpha_voxels<decltype(t)>(p, n, v0, v1); });
+}
+void gather_dphi(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
+  with_dtype(p.dtype, [&](auto t) { gather_dphi_rows<decltype(t)>(p, n, r0, r1); });
+}
+template <class A>
+void reduce_groups(const Problem& p, const Layout& l, int64_t groups, int64_t begin, int64_t end) {
+  A* sum = static_cast<A*>(p.partial);
+  for (int64_t g = 1; g < groups; ++g)
+    for (int64_t i = begin; i < end; ++i) sum[i] += sum[g * l.partial_elements + i];
+}
+void reduce(const Problem& p, const Layout& l, int64_t groups, int64_t begin, int64_t end) {
+  p.dtype == DType::f64 ? reduce_groups<double>(p, l, groups, begin, end) : reduce_groups<float>(p, l, groups, begin, end);
+}
+
+}  // namespace
+
+extern const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA);
+const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA) = {
+    ATTN_GATE_STRING(ATTN_GATE_ISA), layout, pack, forward, apply, apply_backward, backward, gather_dalpha, gather_dphi, reduce};
+
+}  // namespace attn_gate::cpu

@@ -1,0 +1,575 @@
+// The operators on the CPU: every input checked, outputs and workspace allocated, the schedule run.
+// Checks come before any parallel loop: an exception thrown inside one loses its message.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "schedule.h"
+
+namespace attn_gate::cpu {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using MaybeTensor = std::optional<Tensor>;
+
+std::string shape_of(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "attn_gate: maps are float32, float64, bfloat16 or float16, got ",
+                  torch::headeronly::toString(x.scalar_type()));
+  return DType::f32;
+}
+
+ScalarType acc_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Resize resize_of(const std::string& mode, const char* name) {
+  if (mode == "nearest") return Resize::nearest;
+  if (mode == "linear") return Resize::linear;
+  if (mode == "align_corners") return Resize::align_corners;
+  STD_TORCH_CHECK(false, "attn_gate: ", name, " is \"linear\", \"nearest\" or \"align_corners\", got \"", mode, "\"");
+  return Resize::linear;
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "leaky_relu") return Activation::leaky_relu;
+  if (name == "softplus") return Activation::softplus;
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  STD_TORCH_CHECK(false, "attn_gate: activation is relu, leaky_relu, softplus, silu or gelu, got ", name);
+  return Activation::relu;
+}
+
+enum class Storage { contiguous, channels_last, other };
+Storage storage_of(const Tensor& t) {
+  if (t.is_contiguous()) return Storage::contiguous;
+  int64_t stride = t.size(1);  // channels last: channels fastest, then the grid from its last axis on, batch slowest
+  if (t.size(1) != 1 && t.stride(1) != 1) return Storage::other;
+  for (int64_t i = t.dim() - 1; i >= 2; --i) {
+    if (t.size(i) != 1 && t.stride(i) != stride) return Storage::other;
+    stride *= t.size(i);
+  }
+  return t.size(0) == 1 || t.stride(0) == stride ? Storage::channels_last : Storage::other;
+}
+
+void check_map(const Tensor& t, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(t.is_cpu(), "attn_gate: ", name, " is not a CPU tensor");
+  STD_TORCH_CHECK(t.dim() == 4 || t.dim() == 5, "attn_gate: ", name, " is [N, channels, H, W] or [N, channels, D, H, W], got ", shape_of(t));
+  STD_TORCH_CHECK(t.dim() == like.dim() && t.size(0) == like.size(0), "attn_gate: ", name, " has shape ", shape_of(t),
+                  ", which does not fit ", shape_of(like));
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), "attn_gate: ", name, " has dtype ",
+                  torch::headeronly::toString(t.scalar_type()), " where ", torch::headeronly::toString(like.scalar_type()), " is needed");
+}
+
+Grid grid_of(const Tensor& t) {
+  Grid g;
+  const int64_t n = t.dim();
+  g.w = t.size(n - 1);
+  g.h = t.size(n - 2);
+  g.d = n == 5 ? t.size(2) : 1;
+  return g;
+}
+
+// Large outputs are fresh pages: 2 MiB pages spare most of the faults, which cost as much as the writing.
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr size_t page = size_t(2) << 20;
+  const size_t begin = (reinterpret_cast<size_t>(data) + page - 1) / page * page;
+  const size_t end = (reinterpret_cast<size_t>(data) + bytes) / page * page;
+  if (end > begin && end - begin >= 2 * page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
+// Uninitialised [N, channels, grid] in the dtype and layout of `like`.
+Tensor new_map(const Tensor& like, int64_t channels, const Ints& grid) {
+  Ints shape{like.size(0), channels};
+  shape.insert(shape.end(), grid.begin(), grid.end());
+  const auto format = storage_of(like) != Storage::channels_last ? MemoryFormat::Contiguous
+                      : like.dim() == 4                           ? MemoryFormat::ChannelsLast
+                                                                  : MemoryFormat::ChannelsLast3d;
+  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+}
+
+// A parameter or 1-channel map in the accumulation dtype, dense.
+Tensor check_acc(const Tensor& t, const char* name, const Tensor& x, const Ints& shape) {
+  STD_TORCH_CHECK(t.is_cpu(), "attn_gate: ", name, " is not a CPU tensor");
+  STD_TORCH_CHECK(t.scalar_type() == acc_dtype(x), "attn_gate: ", name, " has dtype ",
+                  torch::headeronly::toString(t.scalar_type()), " where ", torch::headeronly::toString(acc_dtype(x)), " is needed");
+  bool same = t.dim() == int64_t(shape.size());
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape[size_t(i)];
+  std::string wanted;
+  for (int64_t s : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(s);
+  STD_TORCH_CHECK(same, "attn_gate: ", name, " has shape ", shape_of(t), " where [", wanted, "] is needed");
+  return torch::stable::contiguous(t);
+}
+
+Ints grid_sizes(const Tensor& t) {
+  Ints shape(t.sizes().begin(), t.sizes().end());
+  return Ints(shape.begin() + 2, shape.end());
+}
+Ints sizes_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); }
+
+// A call under way: the problem, and the tensors that its pointers lie in.
+struct Call {
+  Problem p;
+  Layout layout;
+  Tensor like;                 // x (or theta): dtype and device of all
+  Tensor partial;
+  std::vector<Tensor> held;
+
+  Call(const Tensor& x, int64_t inter) : like(x) {
+    STD_TORCH_CHECK(x.is_cpu(), "attn_gate: not a CPU tensor");
+    p.dtype = dtype_of(x);
+    p.batch = x.size(0);
+    p.inter = inter;
+  }
+  const void* hold(const Tensor& t) {
+    held.push_back(t);
+    return t.const_data_ptr();
+  }
+  Map map_over(const Tensor& t, void* data) const {
+    // Tensors without elements have no memory; a map that is there is not null all the same.
+    return {t.numel() ? data : const_cast<Call*>(this), t.size(1), grid_of(t), storage_of(t) == Storage::channels_last};
+  }
+  // As it is where its layout is native, else a contiguous copy.
+  Map input(const Tensor& t, const char* name) {
+    check_map(t, name, like);
+    const Tensor native = storage_of(t) == Storage::other ? torch::stable::contiguous(t) : t;
+    return map_over(native, const_cast<void*>(hold(native)));
+  }
+  Map output(const Tensor& t) {
+    void* data = t.mutable_data_ptr();
+    held.push_back(t);
+    advise_huge_pages(data, size_t(t.numel()) * t.element_size());
+    return map_over(t, data);
+  }
+  Tensor new_acc(const Ints& shape) const { return torch::stable::new_empty(like, shape, acc_dtype(like)); }
+  Tensor no_map() const { return torch::stable::new_empty(like, Ints{0}, like.scalar_type()); }
+  Tensor no_acc() const { return new_acc({0}); }
+  // An output like t (its own layout where native), if wanted.
+  Tensor like_if(bool wanted, const Tensor& t) const {
+    return wanted ? new_map(t, t.size(1), grid_sizes(t)) : no_map();
+  }
+  bool empty() const { return p.batch == 0 || p.coarse.voxels() == 0 || (p.x && p.fine.voxels() == 0); }
+
+  void take_x(const Tensor& x) {
+    p.x = input(x, "x");
+    p.fine = p.x.grid;
+  }
+  void take_psi(const Tensor& weight, const MaybeTensor& bias) {
+    p.psi = hold(check_acc(weight, "psi_weight", like, {p.inter}));
+    if (bias) p.psi_bias = hold(check_acc(*bias, "psi_bias", like, {1}));
+  }
+  void take_given(const Tensor& theta, const MaybeTensor& phi, const std::string& phi_resize) {
+    p.theta = input(theta, "theta");
+    p.coarse = p.theta.grid;
+    p.phi_resize = resize_of(phi_resize, "phi_resize");
+    if (!phi) return;
+    p.phi = input(*phi, "phi");
+    STD_TORCH_CHECK(p.phi.channels == p.inter, "attn_gate: phi has ", p.phi.channels, " channels, theta has ", p.inter);
+  }
+  // The output of gate and attention_gate: y and alpha; without a mode, alpha are the logits.
+  void take_alpha_mode(const std::string& mode) {
+    p.alpha_resize = p.same_grid() ? Resize::identity : resize_of(mode, "alpha_resize");
+  }
+  void take_alpha(const Tensor& alpha, const Ints& grid) {
+    Ints shape{p.batch, 1};
+    shape.insert(shape.end(), grid.begin(), grid.end());
+    p.alpha = const_cast<void*>(hold(check_acc(alpha, "alpha", like, shape)));
+  }
+  Tensor new_alpha(const Ints& grid) {
+    Ints shape{p.batch, 1};
+    shape.insert(shape.end(), grid.begin(), grid.end());
+    Tensor alpha = new_acc(shape);
+    p.alpha = alpha.mutable_data_ptr();
+    held.push_back(alpha);
+    return alpha;
+  }
+  void take_gradients(const MaybeTensor& dy, const MaybeTensor& dalpha, const Tensor& alpha) {
+    if (dy) {
+      p.dy = input(*dy, "dy");
+      STD_TORCH_CHECK(p.dy.channels == p.x.channels && p.dy.grid == p.fine, "attn_gate: dy has shape ", shape_of(*dy));
+      if (!p.same_grid()) {
+        Tensor dfine = new_acc({p.batch, p.fine.voxels()});
+        p.dfine = dfine.mutable_data_ptr();
+        held.push_back(dfine);
+      }
+    }
+    if (dalpha) p.dalpha = hold(check_acc(*dalpha, "dalpha", like, sizes_of(alpha)));
+  }
+
+  void allocate_packed() {
+    Tensor packed = new_acc({layout.packed_elements});
+    p.packed = packed.mutable_data_ptr();
+    held.push_back(packed);
+  }
+  void forward() {
+    if (empty()) return;
+    layout = kernels().layout(p, false);
+    allocate_packed();
+    run_forward(p);
+  }
+  // Parameter gradients are then read by sum().
+  void backward(bool weight_grads) {
+    p.weight_grads = weight_grads;
+    layout = kernels().layout(p, true);
+    const int64_t groups = empty() ? 1 : groups_of(p, layout);
+    partial = torch::stable::new_zeros(like, Ints{groups * layout.partial_elements}, acc_dtype(like));
+    p.partial = partial.mutable_data_ptr();
+    if (empty()) return;
+    allocate_packed();
+    run_backward(p, layout, groups);
+  }
+  // rows x columns elements of the sums from `at` on, as a tensor; empty where it isn't wanted.
+  Tensor sum(bool wanted, int64_t at, int64_t rows, int64_t columns, const Ints& shape) const {
+    if (!wanted) return no_acc();
+    Tensor out = new_acc(shape);
+    const int64_t size = int64_t(partial.element_size());
+    const char* from = static_cast<const char*>(partial.const_data_ptr()) + at * size;
+    char* to = static_cast<char*>(out.mutable_data_ptr());
+    for (int64_t r = 0; r < rows; ++r)
+      std::memcpy(to + r * columns * size, from + r * layout.row_stride * size, size_t(columns * size));
+    return out;
+  }
+};
+
+bool wants(int64_t needs, int i) { return (needs >> i) & 1; }
+
+// ---------------------------------------------------------------------------------------------------- gate
+
+std::tuple<Tensor, Tensor> gate_fwd(const Tensor& x, const Tensor& theta, const MaybeTensor& phi, const Tensor& psi_weight,
+                                    const MaybeTensor& psi_bias, std::string phi_resize, std::string alpha_resize, std::string activation) {
+  Call call(x, theta.size(1));
+  Problem& p = call.p;
+  call.take_x(x);
+  call.take_given(theta, phi, phi_resize);
+  call.take_psi(psi_weight, psi_bias);
+  call.take_alpha_mode(alpha_resize);
+  p.activation = activation_of(activation);
+  Tensor y = new_map(x, x.size(1), grid_sizes(x)), alpha = call.new_alpha(grid_sizes(theta));
+  p.y = call.output(y);
+  call.forward();
+  return {y, alpha};
+}
+
+// theta, phi and psi's gradients of gate and gate_logits.
+std::tuple<Tensor, Tensor, Tensor, Tensor> given_bwd(Call& call, const Tensor& theta, const MaybeTensor& phi, int64_t needs) {
+  Problem& p = call.p;
+  const bool need_phi = phi && wants(needs, 1), resized = phi && !(p.phi.grid == p.coarse);
+  Tensor dtheta = call.like_if(wants(needs, 0) || need_phi, theta), dphi = call.like_if(need_phi && resized, need_phi ? *phi : theta);
+  if (wants(needs, 0) || need_phi) p.dtheta = call.output(dtheta);
+  call.backward(false);
+  if (need_phi && resized && !call.empty()) {
+    p.dphi = call.output(dphi);
+    run_gather_dphi(p);
+  }
+  if (need_phi && !resized) dphi = wants(needs, 0) ? torch::stable::clone(dtheta) : dtheta;
+  return {wants(needs, 0) ? dtheta : call.no_map(), dphi, call.sum(wants(needs, 2), call.layout.psi_at, 1, p.inter, {p.inter}),
+          call.sum(wants(needs, 3), call.layout.psi_bias_at, 1, 1, {1})};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(
+    const MaybeTensor& dy, const MaybeTensor& dalpha, const Tensor& x, const Tensor& theta, const MaybeTensor& phi,
+    const Tensor& psi_weight, const Tensor& alpha, std::string phi_resize, std::string alpha_resize, std::string activation, int64_t needs) {
+  Call call(x, theta.size(1));
+  Problem& p = call.p;
+  call.take_x(x);
+  call.take_given(theta, phi, phi_resize);
+  call.take_psi(psi_weight, std::nullopt);
+  call.take_alpha_mode(alpha_resize);
+  call.take_alpha(alpha, grid_sizes(theta));
+  call.take_gradients(dy, dalpha, alpha);
+  p.activation = activation_of(activation);
+  p.through_sigmoid = true;
+  Tensor dx = call.like_if(wants(needs, 0), x);
+  if (wants(needs, 0)) p.dx = call.output(dx);
+  if (wants(needs, 0) && !dy) torch::stable::zero_(dx);
+  auto [dtheta, dphi, dpsi, dpsi_bias] = given_bwd(call, theta, phi, needs >> 1);
+  return {dx, dtheta, dphi, dpsi, dpsi_bias};
+}
+
+Tensor gate_logits_fwd(const Tensor& theta, const MaybeTensor& phi, const Tensor& psi_weight, const MaybeTensor& psi_bias,
+                       std::string phi_resize, std::string activation) {
+  Call call(theta, theta.size(1));
+  call.take_given(theta, phi, phi_resize);
+  call.p.fine = call.p.coarse;
+  call.take_psi(psi_weight, psi_bias);
+  call.p.activation = activation_of(activation);
+  Tensor logits = call.new_alpha(grid_sizes(theta));
+  call.forward();
+  return logits;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_logits_bwd(const Tensor& dlogits, const Tensor& theta, const MaybeTensor& phi,
+                                                           const Tensor& psi_weight, std::string phi_resize, std::string activation, int64_t needs) {
+  Call call(theta, theta.size(1));
+  call.take_given(theta, phi, phi_resize);
+  call.p.fine = call.p.coarse;
+  call.take_psi(psi_weight, std::nullopt);
+  call.p.activation = activation_of(activation);
+  call.take_alpha(dlogits, grid_sizes(theta));  // its shape and dtype are what d_logits must have
+  call.p.dalpha = call.p.alpha;
+  return given_bwd(call, theta, phi, needs);
+}
+
+// ----------------------------------------------------------------------------------------- attention_gate
+
+// Both projections; where g's grid is not theta's, phi is made on g's grid first (I channels, not kept).
+struct Attention : Call {
+  Tensor g, phi_weight, phi;
+  Ints coarse;                 // R, without the batch and the channels
+
+  Attention(const Tensor& x, const Tensor& g_, const Tensor& theta_weight, const Tensor& phi_weight_, const MaybeTensor& bias,
+            const Ints& stride, const std::string& phi_resize, const std::string& activation)
+      : Call(x, theta_weight.size(0)), g(g_), phi_weight(phi_weight_) {
+    const int64_t dims = x.dim() - 2;
+    take_x(x);
+    check_map(g, "g", x);
+    STD_TORCH_CHECK(theta_weight.dim() == x.dim() && int64_t(stride.size()) == dims, "attn_gate: theta_weight has shape ",
+                    shape_of(theta_weight), " and stride ", stride.size(), " values, which does not fit x ", shape_of(x));
+    Ints theta_shape = sizes_of(theta_weight), phi_shape{p.inter, g.size(1)};
+    theta_shape[1] = x.size(1);
+    phi_shape.resize(size_t(dims) + 2, 1);
+    p.theta_weight = hold(check_acc(theta_weight, "theta_weight", x, theta_shape));
+    phi_weight = check_acc(phi_weight, "phi_weight", x, phi_shape);
+    if (bias) p.bias = hold(check_acc(*bias, "bias", x, {p.inter}));
+    for (int64_t i = 0; i < dims; ++i) {
+      const int64_t k = theta_weight.size(i + 2), s = stride[size_t(i)], n = x.size(i + 2);
+      STD_TORCH_CHECK(k >= 1 && s >= k, "attn_gate: theta's kernel (", k, ") must not be larger than its stride (", s, ")");
+      STD_TORCH_CHECK(n >= k, "attn_gate: x has ", n, " voxels along an axis where theta's kernel takes ", k);
+      coarse.push_back((n - k) / s + 1);
+    }
+    auto as_grid = [&](auto&& at) { Grid r; r.w = at(dims - 1); r.h = at(dims - 2); r.d = dims == 3 ? at(0) : 1; return r; };
+    p.kernel = as_grid([&](int64_t i) { return theta_weight.size(i + 2); });
+    p.stride = as_grid([&](int64_t i) { return stride[size_t(i)]; });
+    if (dims == 2) p.stride.d = 1;
+    p.coarse = as_grid([&](int64_t i) { return coarse[size_t(i)]; });
+    p.activation = activation_of(activation);
+    p.phi_resize = resize_of(phi_resize, "phi_resize");
+    p.project = true;
+  }
+  bool phi_apart() const { return !(grid_of(g) == p.coarse); }
+
+  // phi = phi_weight * g on g's own grid, by the same kernels: a problem whose pre-activation is phi.
+  void take_g() {
+    if (!phi_apart()) {
+      p.phi_weight = hold(phi_weight);
+      p.g = input(g, "g");
+      return;
+    }
+    phi = new_map(g, p.inter, grid_sizes(g));
+    Attention apart = only_phi();
+    apart.p.preact = apart.output(phi);
+    Tensor unused = apart.new_alpha(grid_sizes(g));
+    apart.forward();
+    p.phi = input(phi, "phi");
+  }
+  Attention only_phi() const {
+    Attention apart(*this);
+    Problem& q = apart.p;
+    q = Problem();
+    q.dtype = p.dtype;
+    q.batch = p.batch;
+    q.inter = p.inter;
+    q.project = true;
+    q.fine = q.coarse = grid_of(g);
+    q.psi = p.psi;
+    q.phi_weight = apart.hold(phi_weight);
+    q.g = apart.input(g, "g");
+    return apart;
+  }
+  // Stored pre-activation, in x's dtype and layout; empty where it is recomputed.
+  Tensor new_preact(bool store) {
+    if (!store) return no_map();
+    Tensor t = new_map(like, p.inter, coarse);
+    p.preact = output(t);
+    return t;
+  }
+  void take_preact(const Tensor& preact) {
+    if (preact.numel() == 0) return;
+    p.preact = input(preact, "preact");
+    STD_TORCH_CHECK(p.preact.channels == p.inter && p.preact.grid == p.coarse, "attn_gate: preact has shape ", shape_of(preact));
+    p.project = false;
+    p.phi = Map();
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gradients(int64_t needs) {
+    const bool apart = phi_apart(), need_g = wants(needs, 1), need_phi = wants(needs, 3);
+    Tensor dx = like_if(wants(needs, 0), like), dg = like_if(need_g, g), dphi_weight = no_acc();
+    if (wants(needs, 0)) {
+      if (!p.dy) torch::stable::zero_(dx);
+      p.dx = output(dx);
+    }
+    if (need_g && !apart) p.dg = output(dg);
+    const bool through_phi = apart && (need_g || need_phi);
+    if (through_phi) {
+      Tensor ds = new_map(like, p.inter, coarse);
+      p.dtheta = output(ds);
+    }
+    backward(wants(needs, 2) || (need_phi && !apart));
+    const int64_t taps_x = p.rows_x(), G = g.size(1);
+    Tensor dtheta_weight = sum(wants(needs, 2), 0, p.inter, taps_x, weight_shape());
+    Ints phi_shape = sizes_of(phi_weight);
+    if (through_phi) {
+      Tensor dphi = new_map(g, p.inter, grid_sizes(g));
+      Attention other = only_phi();
+      if (!empty()) {
+        p.dphi = output(dphi);
+        run_gather_dphi(p);
+      } else {
+        torch::stable::zero_(dphi);
+      }
+      other.p.ds = other.input(dphi, "dphi");
+      if (need_g) other.p.dg = other.output(dg);
+      other.backward(need_phi);
+      dphi_weight = other.sum(need_phi, 0, p.inter, G, phi_shape);
+    } else if (!apart) {
+      dphi_weight = sum(need_phi, taps_x, p.inter, G, phi_shape);
+    }
+    return {dx, dg, dtheta_weight, dphi_weight, sum(wants(needs, 4), layout.bias_at, 1, p.inter, {p.inter}),
+            sum(wants(needs, 5), layout.psi_at, 1, p.inter, {p.inter}), sum(wants(needs, 6), layout.psi_bias_at, 1, 1, {1})};
+  }
+  Ints weight_shape() const {
+    Ints shape{p.inter, like.size(1)};
+    if (like.dim() == 5) shape.push_back(p.kernel.d);
+    shape.push_back(p.kernel.h);
+    shape.push_back(p.kernel.w);
+    return shape;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> attention_gate_fwd(
+    const Tensor& x, const Tensor& g, const Tensor& theta_weight, const Tensor& phi_weight, const MaybeTensor& bias,
+    const Tensor& psi_weight, const MaybeTensor& psi_bias, Ints stride, std::string phi_resize, std::string alpha_resize,
+    std::string activation, bool store) {
+  Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
+  call.take_psi(psi_weight, psi_bias);
+  call.take_g();
+  call.take_alpha_mode(alpha_resize);
+  Tensor y = new_map(x, x.size(1), grid_sizes(x)), alpha = call.new_alpha(call.coarse), preact = call.new_preact(store);
+  call.p.y = call.output(y);
+  call.forward();
+  return {y, alpha, preact};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_gate_bwd(
+    const MaybeTensor& dy, const MaybeTensor& dalpha, const Tensor& x, const Tensor& g, const Tensor& theta_weight,
+    const Tensor& phi_weight, const MaybeTensor& bias, const Tensor& psi_weight, const Tensor& alpha, const Tensor& preact,
+    Ints stride, std::string phi_resize, std::string alpha_resize, std::string activation, int64_t needs) {
+  Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
+  call.take_psi(psi_weight, std::nullopt);
+  call.take_g();
+  call.take_alpha_mode(alpha_resize);
+  call.take_preact(preact);
+  call.take_alpha(alpha, call.coarse);
+  call.take_gradients(dy, dalpha, alpha);
+  call.p.through_sigmoid = true;
+  return call.gradients(needs);
+}
+
+std::tuple<Tensor, Tensor> attention_logits_fwd(const Tensor& x, const Tensor& g, const Tensor& theta_weight, const Tensor& phi_weight,
+                                                const MaybeTensor& bias, const Tensor& psi_weight, const MaybeTensor& psi_bias, Ints stride,
+                                                std::string phi_resize, std::string activation, bool store) {
+  Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
+  call.take_psi(psi_weight, psi_bias);
+  call.take_g();
+  Tensor logits = call.new_alpha(call.coarse), preact = call.new_preact(store);
+  call.forward();
+  return {logits, preact};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_logits_bwd(
+    const Tensor& dlogits, const Tensor& x, const Tensor& g, const Tensor& theta_weight, const Tensor& phi_weight, const MaybeTensor& bias,
+    const Tensor& psi_weight, const Tensor& preact, Ints stride, std::string phi_resize, std::string activation, int64_t needs) {
+  Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
+  call.take_psi(psi_weight, std::nullopt);
+  call.take_g();
+  call.take_preact(preact);
+  call.take_alpha(dlogits, call.coarse);        // its shape and dtype are what d_logits must have
+  call.p.dalpha = call.p.alpha;
+  return call.gradients(needs);
+}
+
+// -------------------------------------------------------------------------------------------- gate_apply
+
+Call apply_call(const Tensor& x, const Tensor& alpha, const std::string& alpha_resize) {
+  Call call(x, 0);
+  call.take_x(x);
+  STD_TORCH_CHECK(alpha.dim() == x.dim(), "attn_gate: alpha has shape ", shape_of(alpha), ", which does not fit x ", shape_of(x));
+  call.p.coarse = grid_of(alpha);
+  call.take_alpha(alpha, grid_sizes(alpha));
+  call.take_alpha_mode(alpha_resize);
+  return call;
+}
+
+Tensor gate_apply_fwd(const Tensor& x, const Tensor& alpha, std::string alpha_resize) {
+  Call call = apply_call(x, alpha, alpha_resize);
+  Tensor y = new_map(x, x.size(1), grid_sizes(x));
+  call.p.y = call.output(y);
+  if (!call.empty()) run_apply(call.p);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> gate_apply_bwd(const Tensor& dy, const Tensor& x, const Tensor& alpha, std::string alpha_resize, int64_t needs) {
+  Call call = apply_call(x, alpha, alpha_resize);
+  Problem& p = call.p;
+  call.take_gradients(dy, std::nullopt, alpha);
+  Tensor dx = call.like_if(wants(needs, 0), x), dalpha = call.no_acc();
+  if (wants(needs, 0)) p.dx = call.output(dx);
+  if (wants(needs, 1)) {
+    dalpha = call.new_acc(sizes_of(alpha));
+    p.dalpha_out = dalpha.mutable_data_ptr();
+    if (p.same_grid()) p.dfine = p.dalpha_out;
+  } else {
+    p.dfine = nullptr;
+  }
+  if (!call.empty()) run_apply_backward(p);
+  return {dx, dalpha};
+}
+
+}  // namespace
+}  // namespace attn_gate::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(attn_gate, CPU, m) {
+  using namespace attn_gate::cpu;
+  m.impl("gate_fwd", TORCH_BOX(&gate_fwd));
+  m.impl("gate_bwd", TORCH_BOX(&gate_bwd));
+  m.impl("gate_logits_fwd", TORCH_BOX(&gate_logits_fwd));
+  m.impl("gate_logits_bwd", TORCH_BOX(&gate_logits_bwd));
+  m.impl("attention_gate_fwd", TORCH_BOX(&attention_gate_fwd));
+  m.impl("attention_gate_bwd", TORCH_BOX(&attention_gate_bwd));
+  m.impl("attention_logits_fwd", TORCH_BOX(&attention_logits_fwd));
+  m.impl("attention_logits_bwd", TORCH_BOX(&attention_logits_bwd));
+  m.impl("gate_apply_fwd", TORCH_BOX(&gate_apply_fwd));
+  m.impl("gate_apply_bwd", TORCH_BOX(&gate_apply_bwd));
+}

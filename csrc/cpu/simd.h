@@ -1,0 +1,167 @@
+// Vectors in the compiler's own vector extension: one source for every instruction set, no intrinsics.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace attn_gate::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64, kRows = 8;    // 8 x 3 accumulators + 3 + 1 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kBytes = 32, kRows = 4;    // 4 x 3 accumulators + 3 + 1 of 16 registers
+#elif defined(__aarch64__)
+constexpr int kBytes = 16, kRows = 8;
+#else
+constexpr int kBytes = 16, kRows = 4;
+#endif
+constexpr int kCols = 3;                 // vectors a micro-kernel's block is wide
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kBytes)));
+  typedef int32_t integer __attribute__((vector_size(kBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kBytes)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+template <class A>
+constexpr int kLanes = kBytes / int(sizeof(A));
+// Rows of a packed block: the micro-kernel's rows, or a vector where that is longer (so that a transposition packs it).
+template <class A>
+constexpr int kBlock = kLanes<A> > kRows ? kLanes<A> : kRows;
+
+template <class A>
+inline Vec<A> load(const A* p) {
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class A>
+inline void store(A* p, Vec<A> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class A>
+inline Vec<A> splat(A a) {
+  return a - Vec<A>{};
+}
+template <class A>
+inline A horizontal_sum(Vec<A> v) {
+  A s = 0;
+  for (int l = 0; l < kLanes<A>; ++l) s += v[l];
+  return s;
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// exp to 2 ulp for |x| <= 87 (Cephes' polynomial); NaN stays NaN.
+inline Vec<float> exponential(Vec<float> x) {
+  using I = VectorOf<float>::integer;
+  x = x < -87.f ? splat(-87.f) : x;
+  x = x > 87.f ? splat(87.f) : x;
+  Vec<float> shifted = x * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
+  Vec<float> n = shifted - 12582912.f;
+  Vec<float> r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec<float> p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  I scale = ((I)shifted << 23) + 0x3f800000;          // 2^n: the constant's low bits shift out
+  return p * (Vec<float>)scale;
+}
+inline Vec<double> exponential(Vec<double> x) {
+  for (int l = 0; l < kLanes<double>; ++l) x[l] = std::exp(x[l]);
+  return x;
+}
+template <class A>
+inline Vec<A> sigmoid(Vec<A> z) {
+  return A(1) / (A(1) + exponential(-z));
+}
+
+// acc[r][j] += sum_k a[k * kBlock + r] * x[k * ldx + j * lanes + (0 .. lanes)]: the one matrix product of the library.
+// Loads a step: kCols vectors and kRows broadcasts for kRows * kCols multiply-adds.
+template <class A, int NV>
+inline __attribute__((always_inline)) void multiply(const A* a, const A* x, int64_t ldx, int64_t depth,
+                                                    Vec<A> (&acc)[kRows][NV]) {
+  for (int64_t k = 0; k < depth; ++k, a += kBlock<A>, x += ldx) {
+    Vec<A> b[NV];
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; ++j) b[j] = load(x + j * kLanes<A>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+      for (int j = 0; j < NV; ++j) acc[r][j] += a[r] * b[j];
+    }
+  }
+}
+
+// Calls f.template operator()<NV>(v) for panels of kCols vectors, then for what is left.
+template <class A, class F>
+inline void for_panels(int64_t width, F&& f) {
+  constexpr int64_t step = int64_t(kCols) * kLanes<A>;
+  int64_t v = 0;
+  for (; v + step <= width; v += step) f(std::integral_constant<int, kCols>{}, v);
+  int64_t vectors = (width - v + kLanes<A> - 1) / kLanes<A>;
+  if (vectors == 2) f(std::integral_constant<int, 2>{}, v);
+  if (vectors == 1) f(std::integral_constant<int, 1>{}, v);
+}
+
+// One butterfly stage of a lanes x lanes transposition: swaps blocks of `Half` lanes between rows i and i + Half.
+template <class A, int Half, bool Upper, size_t... L>
+inline Vec<A> exchange(Vec<A> a, Vec<A> b, std::index_sequence<L...>) {
+  constexpr int n = kLanes<A>;
+  if constexpr (Upper) {
+    return __builtin_shufflevector(a, b, ((L & Half) ? int(L) + n : int(L) + Half)...);
+  } else {
+    return __builtin_shufflevector(a, b, ((L & Half) ? int(L) - Half + n : int(L))...);
+  }
+}
+template <class A, int Half>
+inline __attribute__((always_inline)) void transpose_stages(Vec<A> (&m)[kLanes<A>]) {
+  constexpr auto lanes = std::make_index_sequence<kLanes<A>>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<A>; ++i) {
+    if (i & Half) continue;
+    Vec<A> a = m[i], b = m[i + Half];
+    m[i] = exchange<A, Half, false>(a, b, lanes);
+    m[i + Half] = exchange<A, Half, true>(a, b, lanes);
+  }
+  if constexpr (Half > 1) transpose_stages<A, Half / 2>(m);
+}
+
+// dst[c * ldd + r] = src[r * lds + c] for r < rows, c < cols.
+template <class A>
+inline void transpose(const A* src, int64_t lds, int64_t rows, int64_t cols, A* dst, int64_t ldd) {
+  constexpr int n = kLanes<A>;
+  int64_t r = 0;
+  for (; r + n <= rows; r += n) {
+    int64_t c = 0;
+    for (; c + n <= cols; c += n) {
+      Vec<A> m[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) m[i] = load(src + (r + i) * lds + c);
+      transpose_stages<A, n / 2>(m);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) store(dst + (c + i) * ldd + r, m[i]);
+    }
+    for (; c < cols; ++c)
+      for (int i = 0; i < n; ++i) dst[c * ldd + r + i] = src[(r + i) * lds + c];
+  }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) dst[c * ldd + r] = src[r * lds + c];
+}
+
+}  // namespace
+}  // namespace attn_gate::cpu

@@ -1,0 +1,166 @@
+// Tiles: a run of voxels of a feature map as rows [channels * taps][ld] of the accumulation type, whatever the map's
+// dtype and layout. All algorithms work on tiles; only this file knows how maps lie in memory.
+#pragma once
+#include <memory>
+
+#include "half.h"
+#include "problem.h"
+#include "simd.h"
+
+namespace attn_gate::cpu {
+namespace {
+
+// A thread's scratch memory: 64-byte aligned, not initialised.
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : data_(static_cast<A*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(A), std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator A*() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+// How the voxels of a coarse grid lie on a map: voxel (d, h, w) covers the patch (d, h, w) * stride + tap.
+struct Patches {
+  Grid map, coarse, kernel, stride;
+};
+
+// Same grid, one tap: the whole grid is a single row, and a run of voxels one piece of memory.
+inline Patches same_grid_patches(const Grid& grid) {
+  Grid row;
+  row.w = grid.voxels();
+  return {row, row, Grid(), Grid()};
+}
+inline Patches patches_of(const Grid& map, const Grid& coarse, const Grid& kernel, const Grid& stride) {
+  if (map == coarse && kernel.voxels() == 1) return same_grid_patches(map);
+  return {map, coarse, kernel, stride};
+}
+
+// A grid cut at the ends of its rows.
+inline Patches same_row_patches(const Grid& grid) { return {grid, grid, Grid(), Grid()}; }
+
+// Calls f(first, count, offset) for each piece of a grid row in the voxels [v0, v1): count voxels from v0 + first on,
+// whose tap 0 lies at voxel `offset` of the map, the next at offset + stride.w, ...
+template <class F>
+inline void for_row_pieces(const Patches& p, int64_t v0, int64_t v1, F&& f) {
+  for (int64_t v = v0; v < v1;) {
+    int64_t w = v % p.coarse.w, row = v / p.coarse.w, h = row % p.coarse.h, d = row / p.coarse.h;
+    int64_t count = smaller(p.coarse.w - w, v1 - v);
+    f(v - v0, count, ((d * p.stride.d) * p.map.h + h * p.stride.h) * p.map.w + w * p.stride.w);
+    v += count;
+  }
+}
+template <class F>
+inline void for_taps(const Patches& p, F&& f) {
+  int64_t tap = 0;
+  for (int64_t d = 0; d < p.kernel.d; ++d)
+    for (int64_t h = 0; h < p.kernel.h; ++h)
+      for (int64_t w = 0; w < p.kernel.w; ++w) f(tap++, (d * p.map.h + h) * p.map.w + w);
+}
+
+template <class T>
+inline T* sample_of(const Map& m, int64_t n) {
+  return static_cast<T*>(m.data) + n * m.channels * m.grid.voxels();
+}
+
+template <class T, class A>
+inline void load_strided(const T* src, int64_t stride, A* dst, int64_t n) {
+  if (stride == 1) return convert_row(src, dst, n);
+  if (stride == 2) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = to_acc(src[2 * i]);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) dst[i] = to_acc(src[i * stride]);
+}
+
+// rows[(c * taps + tap) * ld + i] = map[c, patch of voxel v0 + i, tap]; zeros up to the next whole vector.
+template <class T, class A>
+void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, A* rows, int64_t ld) {
+  const int64_t taps = p.kernel.voxels(), len = v1 - v0, padded = round_up(len, kLanes<A>), voxels = m.grid.voxels();
+  const T* base = sample_of<T>(m, n);
+  if (padded > len)
+    for (int64_t r = 0; r < m.channels * taps; ++r)
+      for (int64_t i = len; i < padded; ++i) rows[r * ld + i] = A(0);
+  if (!m.channels_last) {
+    for (int64_t c = 0; c < m.channels; ++c)
+      for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
+        for_taps(p, [&](int64_t tap, int64_t step) {
+          load_strided(base + c * voxels + offset + step, p.stride.w, rows + (c * taps + tap) * ld + first, count);
+        });
+      });
+    return;
+  }
+  // Channels last: a vector's worth of voxels at a time, converted if need be, then transposed.
+  const int64_t C = m.channels;
+  constexpr bool direct = std::is_same_v<T, A>;
+  Buffer<A> scratch(direct ? 0 : kLanes<A> * C);
+  for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
+    for_taps(p, [&](int64_t tap, int64_t step) {
+      for (int64_t i = 0; i < count; i += kLanes<A>) {
+        const int64_t some = smaller(kLanes<A>, count - i);
+        const T* src = base + (offset + step + i * p.stride.w) * C;
+        A* dst = rows + tap * ld + first + i;
+        if constexpr (direct) {
+          transpose(src, p.stride.w * C, some, C, dst, taps * ld);
+        } else {
+          for (int64_t k = 0; k < some; ++k) convert_row(src + k * p.stride.w * C, scratch + k * C, C);
+          transpose(static_cast<const A*>(scratch), C, some, C, dst, taps * ld);
+        }
+      }
+    });
+  });
+}
+
+template <bool Add, class T, class A>
+inline void store_strided(const A* src, T* dst, int64_t stride, int64_t n) {
+  if (!Add && stride == 1) return convert_row_back(src, dst, n);
+  for (int64_t i = 0; i < n; ++i) {
+    if constexpr (Add) {
+      dst[i * stride] = from_acc<T>(to_acc(dst[i * stride]) + src[i]);
+    } else {
+      dst[i * stride] = from_acc<T>(src[i]);
+    }
+  }
+}
+
+// The reverse of load_tile; Add: map += tile.
+template <bool Add, class T, class A>
+void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, const A* rows, int64_t ld) {
+  const int64_t taps = p.kernel.voxels(), voxels = m.grid.voxels();
+  T* base = sample_of<T>(m, n);
+  if (!m.channels_last) {
+    for (int64_t c = 0; c < m.channels; ++c)
+      for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
+        for_taps(p, [&](int64_t tap, int64_t step) {
+          store_strided<Add>(rows + (c * taps + tap) * ld + first, base + c * voxels + offset + step, p.stride.w, count);
+        });
+      });
+    return;
+  }
+  const int64_t C = m.channels;
+  constexpr bool direct = std::is_same_v<T, A> && !Add;
+  Buffer<A> scratch(direct ? 0 : kLanes<A> * C);
+  for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
+    for_taps(p, [&](int64_t tap, int64_t step) {
+      for (int64_t i = 0; i < count; i += kLanes<A>) {
+        const int64_t some = smaller(kLanes<A>, count - i);
+        const A* src = rows + tap * ld + first + i;
+        T* dst = base + (offset + step + i * p.stride.w) * C;
+        if constexpr (direct) {
+          transpose(src, taps * ld, C, some, dst, p.stride.w * C);
+        } else {
+          transpose(src, taps * ld, C, some, static_cast<A*>(scratch), C);
+          for (int64_t k = 0; k < some; ++k)
+            store_strided<Add>(static_cast<const A*>(scratch + k * C), dst + k * p.stride.w * C, 1, C);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace attn_gate::cpu
