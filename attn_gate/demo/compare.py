@@ -7,7 +7,6 @@ it can't accumulate (`StepLocked`).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -58,23 +57,19 @@ def float64_run(run: Float64Run, batches: Batches, steps: int, on_step: Callable
 class StepLocked:
     """Beside every step of an eager run: the fused network at the same weights on the same batch.
 
-    `differentiate` takes the place of `train.differentiate`. Both passes are timed, taking turns at going first, so the
-    times are interleaved ones of the whole network in real training. Every TRUTH_EVERY steps a float64 network says how
-    far each is from the truth.
+    `differentiate` takes the place of `train.differentiate`. Every TRUTH_EVERY steps a float64 network at these weights
+    says how far each of the two is from the truth.
 
     Attributes:
         loss_error: |fused - eager| / eager; gradient_error: |fused - eager| / |eager|, Euclidean norms over all
             parameters; one number a step.
         eager_error, fused_error: {step: the same distance of its gradient to the float64 one}.
-        eager_ms, fused_ms: forward + backward, one number a step.
     """
 
     loss_error: list[float] = field(default_factory=list)
     gradient_error: list[float] = field(default_factory=list)
     eager_error: dict[int, float] = field(default_factory=dict)
     fused_error: dict[int, float] = field(default_factory=dict)
-    eager_ms: list[float] = field(default_factory=list)
-    fused_ms: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._twin = make_network("auto")
@@ -84,13 +79,8 @@ class StepLocked:
         """Forward and backward pass of `network` (eager), whose loss is returned, and of its twin."""
         step = len(self.loss_error)
         _copy_parameters(network, self._twin)
-        passes = [(network, self.eager_ms), (self._twin, self.fused_ms)]
-        losses = {}
-        for net, milliseconds in passes if step % 2 else reversed(passes):
-            start = time.perf_counter()
-            losses[net] = differentiate(net, image, truth)
-            milliseconds.append((time.perf_counter() - start) * 1e3)
-        eager, fused = losses[network], losses[self._twin]
+        eager = differentiate(network, image, truth)
+        fused = differentiate(self._twin, image, truth)
         self.loss_error.append(abs(fused - eager) / abs(eager))
         self.gradient_error.append(_distance(self._twin, network))
         if step % TRUTH_EVERY == 0:

@@ -14,70 +14,103 @@ from attn_gate import AttentionUNet
 from attn_gate.demo.train import make_network, segmentation_loss
 
 BACKENDS = {"eager": "eager", "fused": "auto"}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
 REPEATS = 15
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Medians of one forward + backward pass in milliseconds, and bytes kept between the two passes."""
+    """What one training step of a program ("eager" | "fused") costs.
 
-    gates_ms: dict[str, float]
-    network_ms: dict[str, float]
+    Attributes:
+        gates_ms, network_ms: {layout: {program: median milliseconds of forward + backward}}, of all gates alone and of
+            the whole network.
+        gates_bytes, network_bytes: {program: bytes kept between forward and backward}, the same in both layouts.
+    """
+
+    gates_ms: dict[str, dict[str, float]]
+    network_ms: dict[str, dict[str, float]]
     gates_bytes: dict[str, int]
     network_bytes: dict[str, int]
 
-    @property
-    def gate_share(self) -> float:
+    def gate_share(self, layout: str) -> float:
         """The part of the eager network's step that its gates take."""
-        return self.gates_ms["eager"] / self.network_ms["eager"]
+        return self.gates_ms[layout]["eager"] / self.network_ms[layout]["eager"]
 
 
 def measure(image: Tensor, truth: Tensor, on_step: Callable[[], None] = lambda: None) -> Cost:
-    """Times and bytes for one batch. `on_step` is called REPEATS times.
+    """Times and bytes for one batch; `on_step` is called REPEATS times.
 
-    All four programs take turns within each repetition, so that a change in the machine's mood hits them alike.
+    All programs take turns within each round, so that a change in the machine's mood hits them alike.
     """
-    image = image.contiguous(memory_format=torch.channels_last)
-    networks = {name: make_network(backend) for name, backend in BACKENDS.items()}
-    inputs = _gate_inputs(networks["eager"], image)
-
-    def gates_forward(network: AttentionUNet) -> list[Tensor]:
-        return [gate(x, g) for gate, (x, g) in zip(network.gates, inputs, strict=True)]
-
-    def gates_step(network: AttentionUNet) -> None:
-        torch.autograd.backward(gates_forward(network), slopes)
-
-    def network_step(network: AttentionUNet) -> None:
-        segmentation_loss(network(image), truth).backward()
-
-    slopes = [torch.randn_like(x) for x, _ in inputs]
-    times: dict[tuple, list[float]] = {}
+    programs = {
+        (layout, name): _Program(backend, memory_format, image, truth)
+        for layout, memory_format in LAYOUTS.items()
+        for name, backend in BACKENDS.items()
+    }
+    gates_ms = {key: [] for key in programs}
+    network_ms = {key: [] for key in programs}
     for repeat in range(REPEATS + 1):
-        for step in (gates_step, network_step):
-            for name, network in networks.items():
-                network.zero_grad(set_to_none=True)
-                for pair in inputs:
-                    for t in pair:
-                        t.grad = None
-                start = time.perf_counter()
-                step(network)
-                if repeat:  # the first round warms up
-                    times.setdefault((step, name), []).append((time.perf_counter() - start) * 1e3)
+        for key, program in programs.items():
+            times = program.gates_step(), program.network_step()
+            if repeat:  # the first round warms up
+                gates_ms[key].append(times[0])
+                network_ms[key].append(times[1])
         if repeat:
             on_step()
-
-    held = [t for pair in inputs for t in pair]
     return Cost(
-        gates_ms={name: median(times[gates_step, name]) for name in networks},
-        network_ms={name: median(times[network_step, name]) for name in networks},
-        gates_bytes={
-            name: kept_bytes(lambda n=n: gates_forward(n), [*held, *_state(n)]) for name, n in networks.items()
-        },
-        network_bytes={
-            name: kept_bytes(lambda n=n: segmentation_loss(n(image), truth), [image, truth, *_state(n)])
-            for name, n in networks.items()
-        },
+        gates_ms=_medians(gates_ms),
+        network_ms=_medians(network_ms),
+        gates_bytes={name: programs["contiguous", name].gates_bytes() for name in BACKENDS},
+        network_bytes={name: programs["contiguous", name].network_bytes() for name in BACKENDS},
     )
+
+
+def _medians(times: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, float]]:
+    return {layout: {name: median(times[layout, name]) for name in BACKENDS} for layout in LAYOUTS}
+
+
+class _Program:
+    """A network in one layout on one backend, with a batch for it and with inputs for each of its gates."""
+
+    def __init__(self, backend: str, layout: torch.memory_format, image: Tensor, truth: Tensor) -> None:
+        self.network = make_network(backend, layout)
+        self.image, self.truth = image.contiguous(memory_format=layout), truth
+        self.inputs = _gate_inputs(self.network, self.image)
+        self.slopes = [torch.randn_like(x) for x, _ in self.inputs]
+
+    def gates_step(self) -> float:
+        """Milliseconds of forward + backward of all gates."""
+        for leaf in (t for pair in self.inputs for t in pair):
+            leaf.grad = None
+        return self._timed(lambda: torch.autograd.backward(self._gates(), self.slopes))
+
+    def network_step(self) -> float:
+        """Milliseconds of forward + backward of the network and its loss."""
+        return self._timed(lambda: self._loss().backward())
+
+    def gates_bytes(self) -> int:
+        """Bytes that the gates keep beyond their x and g."""
+        return kept_bytes(self._gates, [*(t for pair in self.inputs for t in pair), *self._state()])
+
+    def network_bytes(self) -> int:
+        """Bytes that the network and its loss keep beyond the batch."""
+        return kept_bytes(self._loss, [self.image, self.truth, *self._state()])
+
+    def _gates(self) -> list[Tensor]:
+        return [gate(x, g) for gate, (x, g) in zip(self.network.gates, self.inputs, strict=True)]
+
+    def _loss(self) -> Tensor:
+        return segmentation_loss(self.network(self.image), self.truth)
+
+    def _state(self) -> list[Tensor]:
+        return [*self.network.parameters(), *self.network.buffers()]
+
+    def _timed(self, step: Callable[[], None]) -> float:
+        self.network.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1e3
 
 
 def kept_bytes(forward: Callable[[], object], held: Iterable[Tensor]) -> int:
@@ -89,16 +122,12 @@ def kept_bytes(forward: Callable[[], object], held: Iterable[Tensor]) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = forward()  # bound, so that nothing kept is freed and its address used again before the count is done
     del result
     return sum(kept.values())
-
-
-def _state(network: nn.Module) -> list[Tensor]:
-    return [*network.parameters(), *network.buffers()]
 
 
 def _gate_inputs(network: AttentionUNet, image: Tensor) -> list[tuple[Tensor, Tensor]]:

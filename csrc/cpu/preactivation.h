@@ -87,7 +87,7 @@ struct Worker {
     const int64_t padded = round_up(v1 - v0, kLanes<A>);
     for (int64_t i = p.inter; i < packed.inter; ++i) std::memset(given + i * ld, 0, size_t(padded) * sizeof(A));
     bool begun = false;
-    if (p.theta || p.preact) {
+    if (p.theta || (p.preact && !p.project)) {
       load_tile<T>(p.theta ? p.theta : p.preact, flat, n, v0, v1, static_cast<A*>(given), ld);
       begun = true;
     }

@@ -107,13 +107,12 @@ inline __attribute__((always_inline)) void multiply(const A* a, const A* x, int6
   }
 }
 
-// Calls f.template operator()<NV>(v) for panels of kCols vectors, then for what is left.
+// Calls f(vectors, v) for panels of kCols vectors (the last one narrower) that cover `width` voxels.
 template <class A, class F>
 inline void for_panels(int64_t width, F&& f) {
-  constexpr int64_t step = int64_t(kCols) * kLanes<A>;
-  int64_t v = 0;
-  for (; v + step <= width; v += step) f(std::integral_constant<int, kCols>{}, v);
-  int64_t vectors = (width - v + kLanes<A> - 1) / kLanes<A>;
+  static_assert(kCols == 3);
+  int64_t v = 0, vectors = (width + kLanes<A> - 1) / kLanes<A>;
+  for (; vectors >= kCols; vectors -= kCols, v += kCols * kLanes<A>) f(std::integral_constant<int, 3>{}, v);
   if (vectors == 2) f(std::integral_constant<int, 2>{}, v);
   if (vectors == 1) f(std::integral_constant<int, 1>{}, v);
 }

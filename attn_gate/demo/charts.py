@@ -1,0 +1,201 @@
+"""The curves and bars. Every function draws one small panel, readable on a phone, in the colours of a `Theme`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from attn_gate.demo.results import Results
+
+SIZE = (4.8, 3.3)
+SMOOTHING = 15
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one appearance of the page; eager, fused and floor are the same programs in every figure."""
+
+    name: str
+    page: str
+    ink: str
+    faint: str
+    grid: str
+    eager: str
+    fused: str
+    floor: str
+
+    def rc(self) -> dict[str, object]:
+        """Matplotlib's settings for this theme."""
+        return {
+            "figure.facecolor": self.page,
+            "axes.facecolor": self.page,
+            "savefig.facecolor": self.page,
+            "text.color": self.ink,
+            "axes.labelcolor": self.faint,
+            "axes.edgecolor": self.grid,
+            "xtick.color": self.faint,
+            "ytick.color": self.faint,
+            "grid.color": self.grid,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.spines.left": False,
+            "xtick.major.size": 0,
+            "ytick.major.size": 0,
+            "ytick.minor.size": 0,
+            "axes.titlesize": 10.5,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.titlepad": 10,
+            "axes.labelsize": 9,
+            "xtick.labelsize": 8.5,
+            "ytick.labelsize": 8.5,
+            "legend.fontsize": 8.5,
+            "legend.frameon": False,
+            "grid.linewidth": 0.7,
+            "font.family": "sans-serif",
+            "mathtext.default": "regular",
+        }
+
+
+LIGHT = Theme("light", "#ffffff", "#1c2330", "#5b6472", "#e4e7ec", "#2f6fbf", "#d9580d", "#8b93a1")
+DARK = Theme("dark", "#171b22", "#e8ebf0", "#a3acba", "#2c333e", "#74aefb", "#ff9150", "#838c9a")
+
+
+def loss_curves(results: Results, theme: Theme) -> Figure:
+    """Training loss of the free runs."""
+    figure, axes = _panel("Training loss", "step")
+    for key, run in results.runs.items():
+        if run.loss:
+            axes.plot(_smooth(run.loss), **_line(key, theme), label=run.name)
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper right")
+    return figure
+
+
+def dice_curves(results: Results, theme: Theme) -> Figure:
+    """Dice on the held-out slices during the free runs."""
+    figure, axes = _panel("Dice on held-out slices", "step")
+    for key, run in results.runs.items():
+        if run.dice:
+            axes.plot(
+                list(run.dice), [d.pooled for d in run.dice.values()], **_line(key, theme), marker="o", ms=3.5
+            )
+            axes.lines[-1].set_label(f"{run.name}: {run.dice[max(run.dice)].pooled:.3f}")
+    axes.set_ylim(0, 1)
+    axes.set_xlim(left=0)
+    axes.legend(loc="lower right", title="final", alignment="left", title_fontsize=8.5)
+    return figure
+
+
+def float64_difference(results: Results, theme: Theme) -> Figure:
+    """(a) |fused - eager| loss of two float64 runs."""
+    figure, axes = _panel("a  float64: difference of the losses", "step")
+    difference = np.array(results.float64.difference)
+    # A logarithmic axis has no zero; the spacing of float64 at 1 stands for "the same bits".
+    floor = np.finfo(np.float64).eps / 4
+    axes.semilogy(np.maximum(difference, floor), color=theme.fused, marker="o", ms=4, lw=1.2)
+    axes.axhline(np.finfo(np.float64).eps, color=theme.floor, lw=1.2, ls="--")
+    axes.text(0.99, 2.6e-16, "one unit in the last place of 1.0", color=theme.floor, size=8, ha="right",
+              transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.set_ylim(floor / 2, max(1e-12, 10 * difference.max(initial=0)))
+    return figure
+
+
+def locked_error(results: Results, theme: Theme) -> Figure:
+    """(b) loss and gradient error of the fused network at the eager run's weights."""
+    figure, axes = _panel("b  float32, step-locked: relative error", "step")
+    locked = results.locked
+    axes.semilogy(locked.gradient_error, color=theme.fused, lw=0.9, label="gradient, fused against eager")
+    smallest = np.finfo(np.float32).eps / 8
+    axes.semilogy(np.maximum(locked.loss_error, smallest), color=theme.grid, lw=0.9, label="loss, fused against eager")
+    axes.lines[-1].set_color(theme.faint)
+    axes.lines[-1].set_alpha(0.45)
+    steps = list(locked.eager_error)
+    axes.semilogy(steps, list(locked.eager_error.values()), "o", ms=4.5, mfc="none", color=theme.eager,
+                  label="gradient, eager against float64")  # fmt: skip
+    axes.semilogy(steps, list(locked.fused_error.values()), "x", ms=4.5, color=theme.fused,
+                  label="gradient, fused against float64")  # fmt: skip
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * 60)  # room for the legend
+    axes.legend(loc="upper left")
+    return figure
+
+
+def free_difference(results: Results, theme: Theme) -> Figure:
+    """(c) how far free float32 runs drift from the eager one."""
+    figure, axes = _panel("c  float32, free: difference of the losses", "step")
+    eager = results.runs["eager"].loss
+    for key in ("floor", "fused"):
+        if key in results.runs and results.runs[key].loss:
+            run = results.runs[key]
+            pairs = zip(eager, run.loss, strict=False)  # an interrupted run is shorter
+            difference = _smooth([abs(a - b) for a, b in pairs])
+            axes.semilogy(difference, **_line(key, theme), label=f"{run.name} against eager")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def time_bars(results: Results, theme: Theme) -> Figure:
+    """Milliseconds of forward + backward in both memory layouts: all gates alone, whole network."""
+    return _bars("Time of one training step", "ms", results.cost.gates_ms, results.cost.network_ms, theme)
+
+
+def memory_bars(results: Results, theme: Theme) -> Figure:
+    """MiB kept between forward and backward: all gates alone, whole network."""
+    gates, network = (
+        {"": {program: n / 2**20 for program, n in kept.items()}}
+        for kept in (results.cost.gates_bytes, results.cost.network_bytes)
+    )
+    return _bars("Memory kept for the backward pass", "MiB", gates, network, theme)
+
+
+Groups = dict[str, dict[str, float]]  # {group: {program: value}}
+
+
+def _bars(title: str, unit: str, gates: Groups, network: Groups, theme: Theme) -> Figure:
+    """Bars of the gates and of the network, each on a scale of its own: the gates are a small part of the network."""
+    figure = Figure(figsize=SIZE, layout="constrained")
+    figure.suptitle(title, x=0.015, ha="left", size=10.5, weight="bold")
+    for axes, (name, groups) in zip(
+        figure.subplots(1, 2), {"gates alone": gates, "whole network": network}.items(), strict=True
+    ):
+        for shift, program in ((-0.21, "eager"), (0.21, "fused")):
+            values = [values[program] for values in groups.values()]
+            bars = axes.bar(np.arange(len(groups)) + shift, values, width=0.38, color=getattr(theme, program), label=program)
+            axes.bar_label(bars, [f"{v:.3g}" if v < 100 else f"{v:.0f}" for v in values], padding=2, size=8.5)
+        axes.set_title(f"{name}, {unit}", size=9.5, weight="normal", color=theme.faint)
+        axes.set_xticks(range(len(groups)), list(groups))
+        axes.set_xlim(-0.6 if len(groups) > 1 else -0.9, len(groups) - (0.4 if len(groups) > 1 else 0.1))
+        axes.margins(y=0.12)
+        axes.grid(axis="x", visible=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _panel(title: str, x_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_xlabel(x_label)
+    axes.grid(axis="x", visible=False)
+    axes.margins(x=0.02)
+    return figure, axes
+
+
+def _line(key: str, theme: Theme) -> dict[str, object]:
+    style = {"floor": (0, (4, 2)), "eager": "-", "fused": "-"}[key]
+    return {"color": getattr(theme, key), "lw": 1.6, "ls": style, "zorder": {"floor": 4, "eager": 2, "fused": 3}[key]}
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Running mean over the last SMOOTHING values (fewer at the start)."""
+    total = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - SMOOTHING, 0)
+    return (total[ends] - total[starts]) / (ends - starts)

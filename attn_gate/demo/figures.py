@@ -1,0 +1,63 @@
+"""All figures of a demo: which can be drawn from what is there, as PNGs for a light and a dark page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from attn_gate.demo import charts, pictures
+from attn_gate.demo.charts import Theme
+from attn_gate.demo.results import Results, write
+
+DPI = 200
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One figure: how it is drawn and what must be there for it."""
+
+    draw: Callable[[Results, Theme], Figure]
+    ready: Callable[[Results], object]
+
+
+KINDS: dict[str, Kind] = {
+    "attention": Kind(pictures.attention, lambda r: "fused" in r.runs and r.runs["fused"].views),
+    "segmentation": Kind(pictures.segmentation, lambda r: any(r.runs[k].views for k in r.runs if k != "floor")),
+    "difference_float64": Kind(charts.float64_difference, lambda r: r.float64.difference),
+    "difference_locked": Kind(charts.locked_error, lambda r: r.locked and r.locked.gradient_error),
+    "difference_free": Kind(charts.free_difference, lambda r: len([k for k in r.runs if r.runs[k].loss]) > 1),
+    "learning_loss": Kind(charts.loss_curves, lambda r: any(run.loss for run in r.runs.values())),
+    "learning_dice": Kind(charts.dice_curves, lambda r: any(run.dice for run in r.runs.values())),
+    "cost_time": Kind(charts.time_bars, lambda r: r.cost),
+    "cost_memory": Kind(charts.memory_bars, lambda r: r.cost),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as PNG in both themes."""
+
+    light: bytes
+    dark: bytes
+
+
+def draw_all(results: Results, directory: Path) -> Iterator[tuple[str, Drawn]]:
+    """Draws and writes NAME.png and NAME-dark.png of every figure that can be drawn; yields them one by one."""
+    for name, kind in KINDS.items():
+        if kind.ready(results):
+            drawn = Drawn(_png(kind, results, charts.LIGHT), _png(kind, results, charts.DARK))
+            write(directory / f"{name}.png", drawn.light)
+            write(directory / f"{name}-dark.png", drawn.dark)
+            yield name, drawn
+
+
+def _png(kind: Kind, results: Results, theme: Theme) -> bytes:
+    content = io.BytesIO()
+    with matplotlib.rc_context(theme.rc()):
+        kind.draw(results, theme).savefig(content, format="png", dpi=DPI)
+    return content.getvalue()
