@@ -1,275 +1,169 @@
-"""The five fused operators made differentiable: torch.autograd.Functions, and the rules for torch.compile and torch.func.
+"""The fused operators made differentiable: autograd Functions, and the rules for torch.compile and torch.func.
 
-Why there is more than one way in (each measured):
-- A plain Function with `forward(ctx, ...)` costs the least per call; that is what eager mode uses.
-- torch.func (grad, vmap, jvp, hessian) wants `setup_context`, which costs ten times as much.
-- torch.compile, export and opcheck want the operator itself, with rules attached by torch.library.
+Why there are three ways in (each measured):
+- A plain Function with `forward(ctx, ...)` costs the least per call: eager mode.
+- torch.func (grad, vmap, jvp, hessian) and forward mode want `setup_context`, which costs three times as much.
+- torch.compile and export want the operator itself, with rules attached by torch.library.
 
-Second derivatives and forward mode differentiate the eager twin in attn_gate.reference: a backward kernel that autograd
-took for a constant would give silently wrong numbers.
+Second derivatives and forward mode differentiate the operator's eager twin: a backward kernel that autograd took
+for a constant would give silently wrong numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import reference
 from ._library import ops
+from .operators import ATTENTION_GATE, OPERATORS, Operator, as_tuple
 
 _under_torch_func = torch._C._are_functorch_transforms_active
+# Below it the operators' Python rules are passed over, which costs as much as a small gate.
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
-@dataclass(frozen=True)
-class Operator:
-    """One operator: `tensors` differentiable inputs, then options that are no tensors.
-
-    forward(*tensors, *options) returns `outputs` differentiable outputs and perhaps what it stores for backward.
-    backward(grads, tensors, saved outputs, options, needs) returns a gradient for each of `tensors`.
-    twin(*tensors, *options) is the same in eager PyTorch; `batched` says which tensors carry the batch.
-    """
-
-    name: str
-    tensors: int
-    outputs: int
-    forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., Sequence[Tensor]]
-    twin: Callable[..., tuple[Tensor, ...]]
-    batched: tuple[int, ...]
-
-    def split(self, args: Sequence[Any]) -> tuple[tuple, tuple]:
-        """(tensors, options)"""
-        return tuple(args[: self.tensors]), tuple(args[self.tensors :])
-
-    def twin_gradients(self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], options: tuple) -> list:
-        """First derivatives of the twin that can be differentiated again; None where a tensor needs none."""
-        with torch.enable_grad():
-            # Views, so that a tensor passed twice still gets two gradients.
-            tensors = [t.view_as(t) if isinstance(t, Tensor) else t for t in tensors]
-            wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-            pairs = [(o, g) for o, g in zip(self.twin(*tensors, *options), grads, strict=True) if g is not None and o.requires_grad]
-            if not pairs or not wanted:
-                return [None] * len(tensors)
-            outputs, grads = zip(*pairs, strict=True)
-            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-        return [next(found) if isinstance(t, Tensor) and t.requires_grad else None for t in tensors]
+def call(op: Operator, *args: Any) -> tuple[Tensor, ...]:
+    """op's differentiable results, by the way in that suits where we are called from."""
+    if torch.compiler.is_compiling():
+        # Nothing that is traced inside a transform can be the operator; the twin is, and gets compiled.
+        return op.twin(*args) if _under_torch_func() else op.forward(*args)[: op.outputs]
+    if _under_torch_func() or forward_ad._current_level >= 0:
+        return _TRANSFORMABLE[op.name].apply(*args)[: op.outputs]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[: op.tensors]):
+        return _FUNCTIONS[op.name].apply(*args)[: op.outputs]
+    with _BelowAutograd():
+        return op.forward(*args)[: op.outputs]
 
 
-def _needs(flags: Sequence[bool]) -> int:
-    return sum(1 << i for i, flag in enumerate(flags) if flag)
+# ------------------------------------------------------------------------------------------------- derivatives
 
 
-def _only_wanted(grads: Sequence[Tensor], needs: int) -> list[Tensor | None]:
-    return [g if needs >> i & 1 else None for i, g in enumerate(grads)]
-
-
-# ---------------------------------------------------------------------------------------- the operators, described
-
-
-def _stored(options: tuple) -> tuple:
-    """Options of a whole gate without its last one, `store`."""
-    return options[:-1]
-
-
-def _resized(mode: str) -> dict[str, str]:
-    return {"phi_resize": mode}
-
-
-def _psi(psi_weight: Tensor, like: Tensor) -> Tensor:
-    return psi_weight.reshape(1, -1, *[1] * (like.ndim - 2))
-
-
-def _gate_twin(x, theta, phi, psi_weight, psi_bias, phi_resize, alpha_resize, activation):
-    return reference.gate(
-        x, theta, phi, _psi(psi_weight, x), psi_bias, phi_resize=phi_resize, alpha_resize=alpha_resize, activation=activation
-    )
-
-
-def _gate_logits_twin(theta, phi, psi_weight, psi_bias, phi_resize, activation):
-    psi_weight = _psi(psi_weight, theta)
-    return (reference.gate_logits(theta, phi, psi_weight, psi_bias, phi_resize=phi_resize, activation=activation),)
-
-
-def _attention_gate_twin(
-    x, g, theta_weight, phi_weight, bias, psi_weight, psi_bias, stride, phi_resize, alpha_resize, activation, store
-):
-    return reference.attention_gate(
-        x, g, theta_weight, phi_weight, _psi(psi_weight, x), bias, psi_bias,
-        stride=stride, phi_resize=phi_resize, alpha_resize=alpha_resize, activation=activation,
-    )  # fmt: skip
-
-
-def _attention_logits_twin(x, g, theta_weight, phi_weight, bias, psi_weight, psi_bias, stride, phi_resize, activation, store):
-    return (
-        reference.attention_logits(
-            x, g, theta_weight, phi_weight, _psi(psi_weight, x), bias, psi_bias,
-            stride=stride, phi_resize=phi_resize, activation=activation,
-        ),
-    )  # fmt: skip
-
-
-GATE = Operator(
-    "gate",
-    tensors=5,
-    outputs=2,
-    forward=ops.gate_fwd.default,
-    backward=lambda grads, t, saved, options, needs: ops.gate_bwd(*grads, *t[:4], saved[1], *options, needs),
-    twin=_gate_twin,
-    batched=(0, 1, 2),
-)
-GATE_LOGITS = Operator(
-    "gate_logits",
-    tensors=4,
-    outputs=1,
-    forward=lambda *args: (ops.gate_logits_fwd(*args),),
-    backward=lambda grads, t, saved, options, needs: ops.gate_logits_bwd(*grads, *t[:3], *options, needs),
-    twin=_gate_logits_twin,
-    batched=(0, 1),
-)
-ATTENTION_GATE = Operator(
-    "attention_gate",
-    tensors=7,
-    outputs=2,
-    forward=ops.attention_gate_fwd.default,
-    backward=lambda grads, t, saved, options, needs: ops.attention_gate_bwd(*grads, *t[:6], *saved[1:], *_stored(options), needs),
-    twin=_attention_gate_twin,
-    batched=(0, 1),
-)
-ATTENTION_LOGITS = Operator(
-    "attention_logits",
-    tensors=7,
-    outputs=1,
-    forward=ops.attention_logits_fwd.default,
-    backward=lambda grads, t, saved, options, needs: ops.attention_logits_bwd(*grads, *t[:6], saved[1], *_stored(options), needs),
-    twin=_attention_logits_twin,
-    batched=(0, 1),
-)
-GATE_APPLY = Operator(
-    "gate_apply",
-    tensors=2,
-    outputs=1,
-    forward=lambda *args: (ops.gate_apply_fwd(*args),),
-    backward=lambda grads, t, saved, options, needs: ops.gate_apply_bwd(*grads, *t, *options, needs),
-    twin=lambda x, alpha, mode: (reference.apply_attention(x, alpha, alpha_resize=mode),),
-    batched=(0, 1),
-)
-OPERATORS = (GATE, GATE_LOGITS, ATTENTION_GATE, ATTENTION_LOGITS, GATE_APPLY)
-
-
-# ------------------------------------------------------------------------------------------------- eager mode
-
-
-def _backward(op: Operator, ctx: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of op's tensors: by the kernel, or by the twin where they must be differentiable themselves."""
-    saved = ctx.saved_tensors
-    tensors, outputs = saved[: op.tensors], saved[op.tensors :]
-    grads = grads[: op.outputs]
-    if all(g is None for g in grads):
-        return [None] * op.tensors
-    if torch.is_grad_enabled():
-        return op.twin_gradients(grads, tensors, ctx.options)
-    needs = _needs(ctx.needs_input_grad[: op.tensors])
-    return _only_wanted(op.backward(grads, tensors, outputs, ctx.options, needs), needs)
-
-
-def _save(op: Operator, ctx: Any, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-    tensors, ctx.options = op.split(args)
-    # y is an output that backward does not read; alpha and a stored pre-activation are.
-    kept = [None if op.name in ("gate_logits", "gate_apply") or i == 0 else o for i, o in enumerate(outputs)]
-    ctx.save_for_backward(*tensors, *kept)
-    ctx.save_for_forward(*tensors, *kept)
+def _save(op: Operator, ctx: Any, args: Sequence[Any], results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Keeps what backward reads. Results that are no outputs are never differentiated."""
+    saved = (*args[: op.tensors], *(results[i] for i in op.kept))
+    ctx.options = tuple(args[op.tensors :])
+    ctx.save_for_backward(*saved)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*outputs[op.outputs :])
+    ctx.mark_non_differentiable(*results[op.outputs :])
+    return saved
 
 
-def _tangents(op: Operator, ctx: Any, tangents: Sequence[Tensor | None], outputs: int) -> tuple:
+def _backward(op: Operator, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments: by the kernel, or by the twin where they must be differentiable themselves."""
+    tensors, kept = ctx.saved_tensors[: op.tensors], ctx.saved_tensors[op.tensors :]
+    grads = grads[: op.outputs]
+    if all(grad is None for grad in grads):
+        found: Sequence[Tensor | None] = [None] * op.tensors
+    elif torch.is_grad_enabled():
+        found = _twin_gradients(op, grads, tensors, ctx.options)
+    else:
+        needs = ctx.needs_input_grad[: op.tensors]
+        with _BelowAutograd():
+            found = op.backward(grads, tensors, kept, ctx.options, sum(n << i for i, n in enumerate(needs)))
+        found = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
+    return (*found, *[None] * len(ctx.options))
+
+
+def _twin_gradients(
+    op: Operator, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], options: tuple
+) -> list[Tensor | None]:
+    """First derivatives of the twin, which can be differentiated again."""
+    with torch.enable_grad():
+        # Views, so that a tensor passed twice still gets two gradients.
+        tensors = [t if t is None else t.view_as(t) for t in tensors]
+        wanted = [t for t in tensors if t is not None and t.requires_grad]
+        pairs = [p for p in zip(op.twin(*tensors, *options), grads, strict=True) if p[1] is not None]
+        results, grads = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(results, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in tensors]
+
+
+def _tangents(op: Operator, ctx: Any, tangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """Forward mode: tangents of op's outputs, by the twin."""
     tensors = ctx.saved_tensors[: op.tensors]
-    moving = [i for i, t in enumerate(tangents[: op.tensors]) if t is not None]
+    moving = [i for i, tangent in enumerate(tangents[: op.tensors]) if tangent is not None]
 
     def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
-        full = list(tensors)
-        for i, value in zip(moving, values, strict=True):
-            full[i] = value
-        return tuple(op.twin(*full, *ctx.options))
+        new = dict(zip(moving, values, strict=True))
+        return op.twin(*[new.get(i, t) for i, t in enumerate(tensors)], *ctx.options)
 
     primals = tuple(tensors[i] for i in moving)
-    _, found = torch.func.jvp(of_moving, primals, tuple(tangents[i] for i in moving))
-    return (*found, *[None] * (outputs - op.outputs))
+    return torch.func.jvp(of_moving, primals, tuple(tangents[i] for i in moving))[1]
+
+
+def _vmap(run: Callable, maps: int, info: Any, dims: Sequence, *args: Any) -> tuple[tuple, tuple]:
+    """The vmap axis folded into the batch where only maps have one, else one call after the other."""
+    size = info.batch_size
+    dims = [d if isinstance(d, int) else None for d in dims]  # lists of numbers have lists of None
+    if any(d is not None for d in dims[maps:]):
+        rows = [
+            as_tuple(run(*[a if d is None else a.select(d, k) for a, d in zip(args, dims, strict=True)]))
+            for k in range(size)
+        ]
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0,) * len(rows[0])
+
+    folded = []
+    for t, d in zip(args[:maps], dims[:maps], strict=True):
+        if t is not None:
+            t = (t.expand(size, *t.shape) if d is None else t.movedim(d, 0)).flatten(0, 1)
+        folded.append(t)
+    results = as_tuple(run(*folded, *args[maps:]))
+    # A pre-activation that is not stored is an empty vector.
+    unfolded = [r.unflatten(0, (size, -1)) if r.ndim > 1 else r.expand(size, *r.shape) for r in results]
+    return tuple(unfolded), (0,) * len(unfolded)
+
+
+# ---------------------------------------------------------------------------------------- eager mode, torch.func
 
 
 def _make_function(op: Operator) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            outputs = op.forward(*args)
-            _save(op, ctx, args, outputs)
-            return tuple(outputs)
+            with _BelowAutograd():
+                results = op.forward(*args)
+            _save(op, ctx, args, results)
+            return results
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return (*_backward(op, ctx, grads), *[None] * len(ctx.options))
+            return _backward(op, ctx, *grads)
 
     return Function
 
 
-def _make_functorch_function(op: Operator) -> type[torch.autograd.Function]:
+def _make_transformable(op: Operator) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> tuple[Tensor, ...]:
-            return tuple(op.forward(*args))
+            return op.forward(*args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-            _save(op, ctx, inputs, output)
+            ctx.save_for_forward(*_save(op, ctx, inputs, output))
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            # Transforms nest: their backward must always be differentiable.
-            grads = op.twin_gradients(grads[: op.outputs], ctx.saved_tensors[: op.tensors], ctx.options)
-            return (*grads, *[None] * len(ctx.options))
+            return _backward(op, ctx, *grads)
 
         @staticmethod
-        def jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
-            return _tangents(op, ctx, tangents, len(ctx.saved_tensors) - op.tensors)
+        def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+            stored = len(op.kept) and op.kept[-1] >= op.outputs
+            return (*_tangents(op, ctx, tangents), *[None] * stored)
 
         @staticmethod
-        def vmap(info: Any, dims: tuple, *args: Any) -> tuple:
-            return _vmap(Function.apply, op.batched, info, dims, *args)
+        def vmap(info: Any, dims: tuple, *args: Any) -> tuple[tuple, tuple]:
+            return _vmap(Function.apply, op.maps, info, dims, *args)
 
     return Function
 
 
-def _vmap(call: Callable, batched: Sequence[int], info: Any, dims: tuple, *args: Any) -> tuple[tuple, tuple]:
-    """vmap over the batch axis where only maps are batched, else one call after the other."""
-    size = info.batch_size
-    mapped = [i for i, d in enumerate(dims) if d is not None]
-    if set(mapped) <= set(batched) and batched:
-        folded = list(args)
-        for i in batched:
-            if isinstance(args[i], Tensor):
-                t = args[i].movedim(dims[i], 0) if dims[i] is not None else args[i].expand(size, *args[i].shape)
-                folded[i] = t.reshape(-1, *t.shape[2:])
-        results = call(*folded)
-        stacked = [r.reshape(size, -1, *r.shape[1:]) if r.ndim > 1 else r.expand(size, *r.shape) for r in _as_tuple(results)]
-    else:
-        rows = [
-            _as_tuple(call(*[a.select(dims[i], k) if i in mapped else a for i, a in enumerate(args)])) for k in range(size)
-        ]
-        stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
-    return tuple(stacked), (0,) * len(stacked)
-
-
-def _as_tuple(outputs: Any) -> tuple:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
 _FUNCTIONS = {op.name: _make_function(op) for op in OPERATORS}
-_FUNCTORCH = {op.name: _make_functorch_function(op) for op in OPERATORS}
+_TRANSFORMABLE = {op.name: _make_transformable(op) for op in OPERATORS}
 
 
 class AttentionGateFunction(_FUNCTIONS["attention_gate"]):
@@ -278,48 +172,44 @@ class AttentionGateFunction(_FUNCTIONS["attention_gate"]):
     y, alpha, preact = AttentionGateFunction.apply(x, g, theta_weight, phi_weight, bias, psi_weight, psi_bias,
                                                    stride, phi_resize, alpha_resize, activation, store)
 
-    x [N, C, *S], g [N, G, *Q], 2D or 3D; theta_weight [I, C, *k], phi_weight [I, G, 1..], bias [I] or None, psi_weight
-    [I], psi_bias [1] or None, all in float32 (float64 for float64 maps); stride a list with a number per axis; modes as
-    in `attention_gate`; store: keep the pre-activation theta + phi for backward (`preact`, else empty).
-    Formulas: Oktay et al. 2018 (arXiv 1804.03999), section 2.2.
+    x [N, C, *S], g [N, G, *Q], 2D or 3D; theta_weight [I, C, *k], phi_weight [I, G, 1..], bias [I] or None,
+    psi_weight [I], psi_bias [1] or None, all in float32 (float64 for float64 maps); stride a list with a number
+    per axis; modes as in `attention_gate`; store: keep the pre-activation theta + phi for backward (`preact`,
+    else empty).
+
+    Source: Oktay et al. 2018 (arXiv 1804.03999), section 2.2.
     """
 
 
-_FUNCTIONS["attention_gate"] = AttentionGateFunction
+_FUNCTIONS[ATTENTION_GATE.name] = AttentionGateFunction
 
 
-def call(op: Operator, *args: Any) -> tuple[Tensor, ...]:
-    """op's differentiable outputs, by the way in that suits where we are called from."""
-    if torch.compiler.is_compiling():
-        return op.forward(*args)[: op.outputs]
-    if _under_torch_func() or torch.autograd.forward_ad._current_level >= 0:
-        return _FUNCTORCH[op.name].apply(*args)[: op.outputs]
-    if not torch.is_grad_enabled():
-        return op.forward(*args)[: op.outputs]
-    return _FUNCTIONS[op.name].apply(*args)[: op.outputs]
-
-
-# ---------------------------------------------------------------------------- torch.compile, export, opcheck
+# ---------------------------------------------------------------------------------- torch.compile, export, opcheck
 
 
 def _register(op: Operator) -> None:
     forward, backward = f"attn_gate::{op.name}_fwd", f"attn_gate::{op.name}_bwd"
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
-        _save(op, ctx, inputs, _as_tuple(output))
+        _save(op, ctx, inputs, as_tuple(output))
 
-    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple:
-        return (*_backward(op, ctx, grads), *[None] * len(ctx.options))
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{backward} has no derivative: differentiate {forward} or attn_gate.functional with create_graph=True"
+        )
 
-    torch.library.register_autograd(forward, differentiate, setup_context=setup)
-    torch.library.register_vmap(forward, lambda info, dims, *args: _one_if_one(_vmap(getattr(ops, f"{op.name}_fwd"), op.batched, info, dims, *args)))
-    # The gradients of parameters are sums over the batch: they can't be folded.
-    torch.library.register_vmap(backward, lambda info, dims, *args: _vmap(getattr(ops, f"{op.name}_bwd"), (), info, dims, *args))
+    def vmap_forward(info: Any, dims: tuple, *args: Any) -> tuple:
+        results, out = _vmap(getattr(ops, f"{op.name}_fwd"), op.maps, info, dims, *args)
+        return (results, out) if len(results) > 1 else (results[0], out[0])
 
+    def vmap_backward(info: Any, dims: tuple, *args: Any) -> tuple:
+        # The gradients of parameters are sums over the batch, which must not be folded: maps=0.
+        return _vmap(getattr(ops, f"{op.name}_bwd"), 0, info, dims, *args)
 
-def _one_if_one(result: tuple[tuple, tuple]) -> tuple:
-    outputs, dims = result
-    return (outputs[0], dims[0]) if len(outputs) == 1 else result
+    torch.library.register_autograd(forward, lambda ctx, *grads: _backward(op, ctx, *grads), setup_context=setup)
+    torch.library.register_autograd(backward, refuse)
+    torch.library.register_vmap(forward, vmap_forward)
+    torch.library.register_vmap(backward, vmap_backward)
 
 
 for _op in OPERATORS:

@@ -1,4 +1,7 @@
-"""Which implementation runs: one list of checks per backend serves the silent choice of "auto" and the error of a forced one."""
+"""Which implementation runs.
+
+One list of checks per backend serves the silent choice of "auto" and the error of a forced one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from . import _library
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
+_VARIABLE = "ATTN_GATE_BACKEND"
 _log = logging.getLogger("attn_gate")
 
 
@@ -26,19 +30,21 @@ def why_not(backend: str, device: torch.device) -> str:
 
 
 def choose(backend: str, x: Tensor) -> str:
-    """The backend that runs: `backend` itself, or for "auto" (unless ATTN_GATE_BACKEND names another) the first that can.
+    """The backend that runs on x: `backend` itself, or for "auto" the first that can.
+
+    The environment variable ATTN_GATE_BACKEND takes the place of "auto".
 
     Raises:
-        ValueError: no such backend, or it can't run here; the message says why.
+        ValueError: there is no such backend, or it can't run here; the message says why.
     """
-    if backend == "auto":
-        backend = os.environ.get("ATTN_GATE_BACKEND") or "auto"
+    argument = "backend"
+    if backend == "auto" and os.environ.get(_VARIABLE):
+        argument, backend = f"the environment variable {_VARIABLE}", os.environ[_VARIABLE]
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend != "auto":
-        reason = why_not(backend, x.device)
-        if reason:
-            raise ValueError(f'backend={backend!r} can\'t be used: {reason}. backend="auto" takes one that can')
+        if reason := why_not(backend, x.device):
+            raise ValueError(f"{argument} is {backend!r}, which can't be used: {reason}; 'auto' takes what can")
         return backend
     for candidate in ("cpu",) if x.device.type == "cpu" else ("cuda", "triton"):
         reason = why_not(candidate, x.device)
@@ -49,7 +55,7 @@ def choose(backend: str, x: Tensor) -> str:
 
 
 def report() -> list[tuple[str, bool, str]]:
-    """(name, usable on this machine, reason why not or a remark) for `python -m attn_gate info`."""
+    """(name, usable on this machine, remark or reason why not), for `python -m attn_gate info`."""
     rows = [("cpu", True, f"C++, {_library.cpu_isa()} instructions")]
     for backend in ("cuda", "triton"):
         reason = why_not(backend, torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""The curves and bars. Every function draws one small panel, readable on a phone, in the colours of a `Theme`."""
+"""Curves and bars: every function draws one small panel, readable on a phone, in the colours of a `Theme`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from attn_gate.demo.results import Results
 
-SIZE = (4.8, 3.3)
+SIZE = (4.1, 3.0)
 SMOOTHING = 15
 
 
@@ -97,13 +98,14 @@ def float64_difference(results: Results, theme: Theme) -> Figure:
     """(a) |fused - eager| loss of two float64 runs."""
     figure, axes = _panel("a  float64: difference of the losses", "step")
     difference = np.array(results.float64.difference)
-    # A logarithmic axis has no zero; the spacing of float64 at 1 stands for "the same bits".
-    floor = np.finfo(np.float64).eps / 4
-    axes.semilogy(np.maximum(difference, floor), color=theme.fused, marker="o", ms=4, lw=1.2)
-    axes.axhline(np.finfo(np.float64).eps, color=theme.floor, lw=1.2, ls="--")
-    axes.text(0.99, 2.6e-16, "one unit in the last place of 1.0", color=theme.floor, size=8, ha="right",
-              transform=axes.get_yaxis_transform())  # fmt: skip
-    axes.set_ylim(floor / 2, max(1e-12, 10 * difference.max(initial=0)))
+    # A logarithmic axis has no zero; a quarter of float64's last place stands for it.
+    last_place = np.finfo(np.float64).eps
+    same = last_place / 4
+    axes.semilogy(np.maximum(difference, same), color=theme.fused, marker="o", ms=4, lw=1.2)
+    axes.axhline(last_place, color=theme.floor, lw=1.2, ls="--")
+    axes.text(0, last_place * 1.4, "last place of 1.0", color=theme.faint, size=8)
+    axes.text(0, same / 1.4, "the same bits", color=theme.faint, size=8, va="top")
+    axes.set_ylim(same / 5, max(1e-12, 10 * difference.max(initial=0)))
     return figure
 
 
@@ -113,9 +115,8 @@ def locked_error(results: Results, theme: Theme) -> Figure:
     locked = results.locked
     axes.semilogy(locked.gradient_error, color=theme.fused, lw=0.9, label="gradient, fused against eager")
     smallest = np.finfo(np.float32).eps / 8
-    axes.semilogy(np.maximum(locked.loss_error, smallest), color=theme.grid, lw=0.9, label="loss, fused against eager")
-    axes.lines[-1].set_color(theme.faint)
-    axes.lines[-1].set_alpha(0.45)
+    loss = np.maximum(locked.loss_error, smallest)
+    axes.semilogy(loss, color=theme.floor, alpha=0.6, lw=0.8, label="loss, fused against eager")
     steps = list(locked.eager_error)
     axes.semilogy(steps, list(locked.eager_error.values()), "o", ms=4.5, mfc="none", color=theme.eager,
                   label="gradient, eager against float64")  # fmt: skip
@@ -136,7 +137,11 @@ def free_difference(results: Results, theme: Theme) -> Figure:
             run = results.runs[key]
             pairs = zip(eager, run.loss, strict=False)  # an interrupted run is shorter
             difference = _smooth([abs(a - b) for a, b in pairs])
-            axes.semilogy(difference, **_line(key, theme), label=f"{run.name} against eager")
+            axes.semilogy(
+                np.where(difference > 0, difference, np.nan),
+                **_line(key, theme),
+                label=f"{run.name} against eager",
+            )
     axes.legend(loc="lower right")
     return figure
 
@@ -159,7 +164,7 @@ Groups = dict[str, dict[str, float]]  # {group: {program: value}}
 
 
 def _bars(title: str, unit: str, gates: Groups, network: Groups, theme: Theme) -> Figure:
-    """Bars of the gates and of the network, each on a scale of its own: the gates are a small part of the network."""
+    """Bars of the gates and of the network, each on a scale of its own: the gates are a small part."""
     figure = Figure(figsize=SIZE, layout="constrained")
     figure.suptitle(title, x=0.015, ha="left", size=10.5, weight="bold")
     for axes, (name, groups) in zip(
@@ -167,7 +172,13 @@ def _bars(title: str, unit: str, gates: Groups, network: Groups, theme: Theme) -
     ):
         for shift, program in ((-0.21, "eager"), (0.21, "fused")):
             values = [values[program] for values in groups.values()]
-            bars = axes.bar(np.arange(len(groups)) + shift, values, width=0.38, color=getattr(theme, program), label=program)
+            bars = axes.bar(
+                np.arange(len(groups)) + shift,
+                values,
+                width=0.38,
+                color=getattr(theme, program),
+                label=program,
+            )
             axes.bar_label(bars, [f"{v:.3g}" if v < 100 else f"{v:.0f}" for v in values], padding=2, size=8.5)
         axes.set_title(f"{name}, {unit}", size=9.5, weight="normal", color=theme.faint)
         axes.set_xticks(range(len(groups)), list(groups))
@@ -185,12 +196,18 @@ def _panel(title: str, x_label: str) -> tuple[Figure, Axes]:
     axes.set_xlabel(x_label)
     axes.grid(axis="x", visible=False)
     axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return figure, axes
 
 
 def _line(key: str, theme: Theme) -> dict[str, object]:
     style = {"floor": (0, (4, 2)), "eager": "-", "fused": "-"}[key]
-    return {"color": getattr(theme, key), "lw": 1.6, "ls": style, "zorder": {"floor": 4, "eager": 2, "fused": 3}[key]}
+    return {
+        "color": getattr(theme, key),
+        "lw": 1.6,
+        "ls": style,
+        "zorder": {"floor": 4, "eager": 2, "fused": 3}[key],
+    }
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`python -m attn_gate demo`: trains a small Attention U-Net on real CT, with eager and with fused gates, and reports."""
+"""`python -m attn_gate demo`: trains a small Attention U-Net on real CT, eager and fused, and reports."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from attn_gate.demo.experiments import Demo
 from attn_gate.demo.fetch import WHEEL, NotFetched, cache_dir, fetch_wheel
 
 DESCRIPTION = """\
-Train a small Attention U-Net on lung CT of four patients, once with eager PyTorch gates and once with fused ones, and
-write a report: what the gates learn to look at, whether both compute the same, what each costs.
+Train a small Attention U-Net on lung CT of four patients, once with eager PyTorch gates and once with
+fused ones, and write a report: what the gates learn to look at, whether both compute the same, what each
+costs.
 
-The CT scans (26 MB) are fetched once, with pip, and kept in your cache folder; without network the demo says so and
-draws synthetic images instead. Takes about five minutes on two cores, with --fast less than one.
+The CT scans (26 MB) are fetched once, with pip, and kept in your cache folder; without network the demo says
+so and draws synthetic images instead. Takes about five minutes on two cores, with --fast less than one.
 """
 
 EPILOG = """\
@@ -28,21 +29,31 @@ examples:
   python -m attn_gate demo --synthetic        no download: images drawn by a program
   python -m attn_gate demo --steps 500        longer training, better contours
 
-exit code: 0 finished; 1 something went wrong, said in one line; 130 stopped by Ctrl-C (what was finished is written)
+exit code: 0 finished; 1 something went wrong, which one line says; 130 stopped by Ctrl-C (the report then
+shows what was finished)
 """
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="for the report (default: report/)")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help=f"where the CT scans are kept or put (default: {cache_dir()})"
+        "--out", type=Path, default=Path("report"), metavar="DIR", help="for the report (default: report/)"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help=f"where the CT scans are kept or put (default: {cache_dir()})",
     )
     parser.add_argument("--synthetic", action="store_true", help="synthetic images; nothing is fetched")
     parser.add_argument("--fast", action="store_true", help="one patient and few steps, under a minute")
     parser.add_argument(
-        "--steps", type=_positive, metavar="N", help="training steps of each run (default: by this machine's speed)"
+        "--steps",
+        type=_positive,
+        metavar="N",
+        help="training steps of each run (default: by this machine's speed)",
     )
 
 
@@ -80,8 +91,8 @@ def _images(args: argparse.Namespace, console: Console) -> tuple[list[dicom.Scan
         except NotFetched as error:
             console.print(
                 f"[yellow]The CT scans could not be fetched[/]: {error}\n"
-                "Going on with [bold]synthetic[/] images, labelled as such. For the CT scans, run again with network, "
-                f"or put {WHEEL} into the folder that --data names.",
+                "Going on with [bold]synthetic[/] images, labelled as such. For the CT scans, run again with "
+                f"network, or put {WHEEL} into the folder that --data names.",
                 highlight=False,
             )
     console.print(f"[dim]{synthetic.SOURCE}", highlight=False)

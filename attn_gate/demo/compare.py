@@ -1,8 +1,8 @@
-"""Eager against fused, honestly: without drift in float64, step by step in float32, and (train.py) running free.
+"""Eager against fused, honestly: in float64, in float32 step by step, and (train.py) in float32 running free.
 
-In float32 two orders of the same sums differ in the last bit, and training amplifies that: two free runs drift apart
-though neither is wrong. So the algebra is compared where rounding is negligible (`float64_run`) and the rounding where
-it can't accumulate (`StepLocked`).
+In float32 two orders of the same sums differ in the last bit, and training amplifies that: two free runs
+drift apart though neither is wrong. So the algebra is compared where rounding is negligible (`float64_run`),
+and the rounding where it can't accumulate (`StepLocked`).
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ class Float64Run:
 def float64_run(run: Float64Run, batches: Batches, steps: int, on_step: Callable[[], None]) -> None:
     """Trains two float64 networks side by side, each by its own gradients, and fills `run`.
 
-    By plain gradient descent: Adam divides by the size of each gradient, so it blows up the rounding of those that are
-    all but zero.
+    By plain gradient descent: Adam divides by the size of each gradient, so it blows up the rounding of those
+    that are all but zero.
     """
-    networks = {name: make_network(backend).double() for name, backend in (("eager", "eager"), ("fused", "auto"))}
+    networks = {
+        name: make_network(backend).double() for name, backend in (("eager", "eager"), ("fused", "auto"))
+    }
     for step in range(steps):
         image, truth = (t.double() for t in batches(step))
         for name, network in networks.items():
@@ -57,12 +59,12 @@ def float64_run(run: Float64Run, batches: Batches, steps: int, on_step: Callable
 class StepLocked:
     """Beside every step of an eager run: the fused network at the same weights on the same batch.
 
-    `differentiate` takes the place of `train.differentiate`. Every TRUTH_EVERY steps a float64 network at these weights
-    says how far each of the two is from the truth.
+    `differentiate` takes the place of `train.differentiate`. Every TRUTH_EVERY steps a float64 network at
+    these weights says how far each of the two is from the truth.
 
     Attributes:
-        loss_error: |fused - eager| / eager; gradient_error: |fused - eager| / |eager|, Euclidean norms over all
-            parameters; one number a step.
+        loss_error: |fused - eager| / eager, one number a step.
+        gradient_error: |fused - eager| / |eager|, Euclidean norms over all parameters, one number a step.
         eager_error, fused_error: {step: the same distance of its gradient to the float64 one}.
     """
 

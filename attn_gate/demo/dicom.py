@@ -1,7 +1,7 @@
 """CT scans and expert contours, read straight from the wheel (a zip file) with pydicom.
 
-Each folder ``pat_N`` holds one CT series (one file a slice) and one RTSTRUCT with the outline of the gross tumour
-volume, drawn slice by slice. Source and licence: `SOURCE`; to be printed wherever the scans are shown.
+Each folder ``pat_N`` holds one CT series (one file a slice) and one RTSTRUCT with the outline of the gross
+tumour volume, drawn slice by slice. `SOURCE` and `LICENCE` must be printed wherever the scans are shown.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import numpy as np
 from attn_gate.demo.errors import DemoError
 
 FOLDER = "cerr/datasets/radiomics_phantom_dicom"
-SOURCE = "CT and contours: P. Lambin, Radiomics Digital Phantom, CancerData 2016, doi:10.17195/candat.2016.08.1"
+SOURCE = (
+    "CT and contours: P. Lambin, Radiomics Digital Phantom, CancerData 2016, doi:10.17195/candat.2016.08.1"
+)
 LICENCE = "CC BY-NC 3.0"
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One patient: `hu` float32 [Z,Y,X] in Hounsfield units, `truth` bool [Z,Y,X], `spacing` (z, y, x) in mm."""
+    """One patient: `hu` float32 [Z,Y,X] in Hounsfield units, `truth` bool [Z,Y,X], `spacing` (z, y, x) mm."""
 
     name: str
     hu: np.ndarray
@@ -64,7 +66,9 @@ def _scan(name: str, files: list[bytes]) -> Scan:
     )
     structures = [d for d in datasets if d.Modality == "RTSTRUCT"]
     if len(slices) < 2 or len(structures) != 1:
-        raise DemoError(f"{name}: expected CT slices and one RTSTRUCT, found {len(slices)} and {len(structures)}")
+        raise DemoError(
+            f"{name}: expected CT slices and one RTSTRUCT, found {len(slices)} and {len(structures)}"
+        )
     hu = np.stack([s.pixel_array * float(s.RescaleSlope) + float(s.RescaleIntercept) for s in slices])
     z = np.array([float(s.ImagePositionPatient[2]) for s in slices])
     row_mm, column_mm = (float(v) for v in slices[0].PixelSpacing)
@@ -73,7 +77,7 @@ def _scan(name: str, files: list[bytes]) -> Scan:
 
 
 def _truth(structure, origin, pixel_mm, z, shape) -> np.ndarray:
-    """Outlines in patient coordinates (mm) -> bool [Z,Y,X]. Axial slices, rows along y and columns along x."""
+    """Outlines in patient coordinates (mm) -> bool [Z,Y,X]. Axial slices: rows along y, columns along x."""
     truth = np.zeros(shape, dtype=bool)
     for region in structure.ROIContourSequence:
         for contour in region.ContourSequence:
@@ -100,5 +104,5 @@ def rasterise(outline: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
     rows, columns = np.mgrid[: shape[0], : shape[1]]
     centres = np.stack([columns.ravel(), rows.ravel()], axis=1)
-    # Matplotlib counts the crossings of a ray with the outline, which is the even-odd rule within one outline.
+    # Matplotlib counts the crossings of a ray with the outline: the even-odd rule within one outline.
     return Outline(outline, closed=False).contains_points(centres).reshape(shape)

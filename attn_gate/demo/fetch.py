@@ -1,7 +1,8 @@
 """The set-up step: fetch the wheel that holds the CT scans, alone, pinned and checked.
 
-The scans are part of the PyPI package ``pycerr``. The package itself is never installed (its dependencies are heavy
-and its code is GPL): its wheel is fetched once, and `attn_gate.demo.dicom` reads the scans out of it as a zip file.
+The scans are part of the PyPI package ``pycerr``. The package itself is never installed (its dependencies are
+heavy and its code is GPL): its wheel is fetched once, and `attn_gate.demo.dicom` reads the scans out of it as
+a zip file.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def fetch_wheel(directory: Path | None = None) -> Path:
 
 def _pip_download(into: Path) -> None:
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python",
-        "--no-input", "--disable-pip-version-check", "--quiet", "--dest", str(into), REQUIREMENT,
+        sys.executable, "-m", "pip", "download", REQUIREMENT, "--dest", str(into),
+        "--no-deps", "--only-binary=:all:", "--ignore-requires-python",
+        "--no-input", "--disable-pip-version-check", "--quiet",
     ]  # fmt: skip
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)

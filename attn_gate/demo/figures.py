@@ -27,7 +27,9 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "attention": Kind(pictures.attention, lambda r: "fused" in r.runs and r.runs["fused"].views),
-    "segmentation": Kind(pictures.segmentation, lambda r: any(r.runs[k].views for k in r.runs if k != "floor")),
+    "segmentation": Kind(
+        pictures.segmentation, lambda r: any(r.runs[k].views for k in r.runs if k != "floor")
+    ),
     "difference_float64": Kind(charts.float64_difference, lambda r: r.float64.difference),
     "difference_locked": Kind(charts.locked_error, lambda r: r.locked and r.locked.gradient_error),
     "difference_free": Kind(charts.free_difference, lambda r: len([k for k in r.runs if r.runs[k].loss]) > 1),
@@ -47,7 +49,7 @@ class Drawn:
 
 
 def draw_all(results: Results, directory: Path) -> Iterator[tuple[str, Drawn]]:
-    """Draws and writes NAME.png and NAME-dark.png of every figure that can be drawn; yields them one by one."""
+    """Draws every figure that can be drawn and writes NAME.png and NAME-dark.png; yields them one by one."""
     for name, kind in KINDS.items():
         if kind.ready(results):
             drawn = Drawn(_png(kind, results, charts.LIGHT), _png(kind, results, charts.DARK))

@@ -23,9 +23,9 @@ class Cost:
     """What one training step of a program ("eager" | "fused") costs.
 
     Attributes:
-        gates_ms, network_ms: {layout: {program: median milliseconds of forward + backward}}, of all gates alone and of
-            the whole network.
-        gates_bytes, network_bytes: {program: bytes kept between forward and backward}, the same in both layouts.
+        gates_ms, network_ms: {layout: {program: median milliseconds of forward + backward}}, of all gates
+            alone and of the whole network.
+        gates_bytes, network_bytes: {program: bytes kept between the two}, the same in both layouts.
     """
 
     gates_ms: dict[str, dict[str, float]]
@@ -114,7 +114,7 @@ class _Program:
 
 
 def kept_bytes(forward: Callable[[], object], held: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward`, each storage once, without those of `held`."""
+    """Bytes that autograd keeps for the backward pass of `forward`: each storage once, none of `held`."""
     known = {t.untyped_storage().data_ptr() for t in held}
     kept: dict[int, int] = {}
 
@@ -125,7 +125,9 @@ def kept_bytes(forward: Callable[[], object], held: Iterable[Tensor]) -> int:
         return t.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = forward()  # bound, so that nothing kept is freed and its address used again before the count is done
+        result = (
+            forward()
+        )  # bound, so that nothing kept is freed and its address used again before the count is done
     del result
     return sum(kept.values())
 
@@ -135,7 +137,9 @@ def _gate_inputs(network: AttentionUNet, image: Tensor) -> list[tuple[Tensor, Te
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     hooks = [
         gate.register_forward_pre_hook(
-            lambda gate, args: seen.__setitem__(gate, tuple(t.detach().clone().requires_grad_() for t in args[:2]))
+            lambda gate, args: seen.__setitem__(
+                gate, tuple(t.detach().clone().requires_grad_() for t in args[:2])
+            )
         )
         for gate in network.gates
     ]

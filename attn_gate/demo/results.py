@@ -26,15 +26,18 @@ from attn_gate.demo.dataset import Slices
 from attn_gate.demo.measure import Cost
 from attn_gate.demo.train import Run
 
+LARGEST_FLOAT64_DIFFERENCE = 1e-11
+
 
 @dataclass
 class Results:
     """Filled experiment by experiment; what is missing or short was not reached.
 
     Attributes:
-        patients: name of each scan; `source`: where the images are from, with the licence, as it must be shown.
+        patients: name of each scan.
+        source: where the images are from, with the licence, as it must be shown.
         held_out: the slices that Dice is of; `shown` indexes the one of each patient that the pictures show.
-        runs: the free runs by what they are: "eager", "fused" and "floor" (eager on another number of threads).
+        runs: the free runs by what they are: "eager", "fused", "floor" (eager on another number of threads).
         seconds: wall time by experiment.
     """
 
@@ -44,6 +47,7 @@ class Results:
     steps: int
     batch: int
     training_slices: int
+    parameters: int
     held_out: Slices
     shown: np.ndarray
     fused_backend: str
@@ -97,6 +101,7 @@ class Results:
             "data": self.source,
             "synthetic": self.synthetic,
             "patients": self.patients,
+            "parameters": self.parameters,
             "training_slices": self.training_slices,
             "held_out_slices": len(self.held_out),
             "recipe": {
@@ -117,6 +122,11 @@ class Results:
     def final_dice(self) -> dict[str, float]:
         """The last pooled Dice of each free run that was scored at all."""
         return {key: run.dice[max(run.dice)].pooled for key, run in self.runs.items() if run.dice}
+
+    @property
+    def agree(self) -> bool:
+        """Whether no float64 loss differs by more than rounding can explain."""
+        return max(self.float64.difference, default=0.0) < LARGEST_FLOAT64_DIFFERENCE
 
     def gradient_error(self) -> float:
         """Median over the steps of the step-locked gradient error; nan if there is none."""

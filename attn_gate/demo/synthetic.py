@@ -1,4 +1,4 @@
-"""A small made-up set for machines without a network: ellipses and blobs, never to be mistaken for patients."""
+"""A small made-up set for machines without network: ellipses and blobs, never to be mistaken for patients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SOURCE = "SYNTHETIC images, drawn by a program: no patient, no network needed"
 
 
 def synthetic_scans(count: int = 4, slices: int = 40, size: int = 96, seed: int = 0) -> list[Scan]:
-    """`count` chests of `slices` x `size` x `size` voxels of 3 x 2 x 2 mm: body, two lungs, vessels and one tumour."""
+    """`count` chests of `slices` x `size` x `size` voxels of 3 x 2 x 2 mm: body, lungs, vessels, a tumour."""
     return [_chest(f"synthetic {n + 1}", slices, size, np.random.default_rng(seed + n)) for n in range(count)]
 
 
@@ -23,7 +23,9 @@ def _chest(name: str, slices: int, size: int, rng: np.random.Generator) -> Scan:
     for side in (-1, 1):
         lung = ((x - side * 0.44) / 0.34) ** 2 + (y / 0.5) ** 2 + (z / 1.3) ** 2 < 1
         hu[lung] = -820
-        for _ in range(14):  # vessels: long along z, so that they look like a tumour in one slice but not in three
+        for _ in range(
+            14
+        ):  # vessels: long along z, so that they look like a tumour in one slice but not in three
             cx, cy = side * 0.44 + rng.uniform(-0.25, 0.25), rng.uniform(-0.4, 0.4)
             tilt = rng.uniform(-0.15, 0.15, 2)
             vessel = (x - cx - tilt[0] * z) ** 2 + (y - cy - tilt[1] * z) ** 2 < rng.uniform(0.012, 0.03) ** 2

@@ -1,4 +1,4 @@
-"""The training recipe and one run of it, the same for eager and fused gates: they differ by the gates' backend alone."""
+"""The training recipe and one run of it. Eager and fused runs differ by the gates' backend alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from attn_gate.demo.dataset import Batches, Slices
 from attn_gate.demo.errors import DemoError
 
 CHANNELS = (16, 32, 64, 128)
-# Gates without norms of their own: fused as a whole in training too, and the finest one learns to light up on the
-# tumour, where with batch norms it is as likely to go dark there. The network keeps its own batch norms.
+# Gates without norms of their own: fused as a whole in training too, and the finest one learns to light up on
+# the tumour, where with batch norms it is as likely to go dark there. The network keeps its own batch norms.
 GATE_OPTIONS = {"theta_norm": "none", "phi_norm": "none", "psi_norm": "none"}
 BATCH = 8
 LEARNING_RATE = 2e-3
@@ -30,19 +30,19 @@ LAYOUT = torch.channels_last  # the faster one for eager convolutions of this si
 
 @dataclass
 class Run:
-    """What one training run leaves behind, filled step by step, so that an interrupted run is a shorter one."""
+    """What one training run leaves behind, filled step by step: an interrupted run is a shorter one."""
 
     name: str
     backend: str
     threads: int
     loss: list[float] = field(default_factory=list)
-    dice: dict[int, "Dice"] = field(default_factory=dict)  # by the number of steps taken
-    views: dict[int, "View"] = field(default_factory=dict)  # likewise
+    dice: dict[int, Dice] = field(default_factory=dict)  # by the number of steps taken
+    views: dict[int, View] = field(default_factory=dict)  # likewise
 
 
 @dataclass(frozen=True)
 class Dice:
-    """Dice coefficient on the held-out slices: all of them `pooled`, and of each patient (nan: no tumour there)."""
+    """Dice on the held-out slices: all of them `pooled`, and of each patient (nan: no tumour there)."""
 
     pooled: float
     patients: tuple[float, ...]
@@ -60,12 +60,14 @@ def make_network(backend: str, layout: torch.memory_format = LAYOUT) -> Attentio
     """A new network in training mode: the same initial weights at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        network = AttentionUNet(2, 3, 1, CHANNELS, gate="same_grid", gate_options=GATE_OPTIONS, backend=backend)
+        network = AttentionUNet(
+            2, 3, 1, CHANNELS, gate="same_grid", gate_options=GATE_OPTIONS, backend=backend
+        )
     return network.to(memory_format=layout)
 
 
 def segmentation_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Binary cross entropy + (1 - Dice of each image, averaged). A slice without tumour rewards an empty answer."""
+    """Binary cross entropy + (1 - Dice of each image, averaged); an empty answer is right without tumour."""
     p = torch.sigmoid(logits)
     overlap, total = (p * truth).sum((1, 2, 3)), (p + truth).sum((1, 2, 3))
     dice = (2 * overlap + 1) / (total + 1)
@@ -92,8 +94,8 @@ def train(
 ) -> None:
     """Trains a new network for `steps` steps and fills `run`.
 
-    Adam, learning rate on a cosine from LEARNING_RATE to LAST_LEARNING_RATE; what is scored and shown is the running
-    average of the weights.
+    Adam, learning rate on a cosine from LEARNING_RATE to LAST_LEARNING_RATE; what is scored and shown is the
+    running average of the weights.
 
     Args:
         run: name, backend and number of threads; its lists are appended to.
@@ -171,7 +173,9 @@ def view(network: torch.nn.Module, image: Tensor) -> View:
     network.eval()
     logits, maps = network(image.contiguous(memory_format=LAYOUT), return_attention=True)
     network.train()
-    return View(torch.sigmoid(logits[:, 0]).numpy(), {name: alpha[:, 0].numpy() for name, alpha in maps.items()})
+    return View(
+        torch.sigmoid(logits[:, 0]).numpy(), {name: alpha[:, 0].numpy() for name, alpha in maps.items()}
+    )
 
 
 def _chunks(image: Tensor) -> tuple[Tensor, ...]:

@@ -112,11 +112,12 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64
     for (int64_t i = 0; i < len; ++i) db += dlogit[i];
 
     // s, ds and the sums over voxels
+    Ahead ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
     for_panels<A>(p.ds ? 0 : len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       for (int64_t i = 0; i < I; i += kRows) {
         Vec<A> acc[kRows][NV];
-        work.template preactivation<NV>(i, at, acc);
+        work.template preactivation<NV>(i, at, acc, ahead);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           Vec<A> bias_sum = load(bias_sums + (i + r) * kLanes<A>), psi_sum = load(psi_sums + (i + r) * kLanes<A>);

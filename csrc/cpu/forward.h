@@ -24,13 +24,14 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     const int64_t end = smaller(v + ld, v1), len = end - v;
     work.load_input(n, v, end);
     work.load_given(n, v, end);
+    Ahead ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       Vec<A> logit[NV];
       for (int j = 0; j < NV; ++j) logit[j] = splat(psi_bias);
       for (int64_t i = 0; i < p.inter; i += kRows) {
         Vec<A> acc[kRows][NV];
-        work.template preactivation<NV>(i, at, acc);
+        work.template preactivation<NV>(i, at, acc, ahead);
         if (p.preact)
           for (int r = 0; r < kRows; ++r)
             for (int j = 0; j < NV; ++j) store(work.given + (i + r) * ld + at + j * kLanes<A>, acc[r][j]);

@@ -25,7 +25,7 @@ Layout layout_of(const Problem& p, bool backward) {
   Layout l;
   // Long rows make long runs of memory and deep weight-gradient products; the whole tile should stay in a core's L2.
   const int64_t rows = p.depth() + p.x.channels + p.inter * (backward ? 2 : 1);
-  const int64_t fits = (int64_t(768) << 10) / int64_t(sizeof(A)) / (rows > 0 ? rows : 1);
+  const int64_t fits = (int64_t(1536) << 10) / int64_t(sizeof(A)) / (rows > 0 ? rows : 1);
   const int64_t most = fits < 96 ? 96 : fits > 384 ? 384 : fits, voxels = p.coarse.voxels();
   const int64_t tiles = voxels > 0 ? (voxels + most - 1) / most : 1;
   l.tile = round_up(voxels > 0 ? (voxels + tiles - 1) / tiles : 1, 48);

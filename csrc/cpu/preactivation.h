@@ -56,6 +56,8 @@ void pack_unit(const Problem& p, bool backward, int64_t u) {
   }
 }
 
+constexpr int64_t kStep = 16;   // depth of the product between two looks ahead: a few lines at a time stall nothing
+
 // What a thread holds while it goes through its tiles.
 template <class T>
 struct Worker {
@@ -82,6 +84,16 @@ struct Worker {
     if (p.g) load_tile<T>(p.g, flat, n, v0, v1, input + p.rows_x() * ld, ld);
   }
 
+  // What load_input will read for the voxels [v0, v1), to be fetched during the panels of a tile of `len` voxels.
+  Ahead next_tile(int64_t n, int64_t v0, int64_t v1, int64_t len) const {
+    Ahead ahead;
+    if (p.uses_x()) ahead.add<T>(p.x, patches, n, v0, v1);
+    if (p.g) ahead.add<T>(p.g, flat, n, v0, v1);
+    const int64_t panels = (len + kCols * kLanes<A> - 1) / (kCols * kLanes<A>);
+    ahead.over(panels * ((p.inter + kRows - 1) / kRows) * ((p.depth() + kStep - 1) / kStep));
+    return ahead;
+  }
+
   void load_given(int64_t n, int64_t v0, int64_t v1) {
     if (!has_given) return;
     const int64_t padded = round_up(v1 - v0, kLanes<A>);
@@ -104,15 +116,19 @@ struct Worker {
 
   // s of rows [i, i + kRows), NV vectors of voxels from v on.
   template <int NV>
-  inline __attribute__((always_inline)) void preactivation(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV]) const {
+  inline __attribute__((always_inline)) void preactivation(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV], Ahead& ahead) const {
     const bool stored = p.preact && !p.project;   // a stored s holds the bias already
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
       for (int j = 0; j < NV; ++j) acc[r][j] = splat(stored ? A(0) : packed.bias[i + r]);
     if (p.project) {
-      const int64_t block = i / kBlock<A> * kBlock<A>;
-      multiply<A, NV>(packed.forward + block * p.depth() + (i - block), input + v, ld, p.depth(), acc);
+      const int64_t block = i / kBlock<A> * kBlock<A>, depth = p.depth();
+      const A *w = packed.forward + block * depth + (i - block), *x = input + v;
+      for (int64_t k = 0; k < depth; k += kStep) {
+        multiply<A, NV>(w + k * kBlock<A>, x + k * ld, ld, smaller(kStep, depth - k), acc);
+        ahead.fetch();
+      }
     }
     if (has_given)
 #pragma GCC unroll 8

@@ -162,5 +162,55 @@ void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v
   });
 }
 
+// The next tile's cache lines, fetched a few at a time while this tile is computed: the memory then works while the
+// arithmetic does, where hardware prefetchers see only short runs, each on another page.
+class Ahead {
+ public:
+  // Adds the voxels [v0, v1) of all channels, on the map's own grid.
+  template <class T>
+  void add(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1) {
+    if (v0 >= v1 || runs_ == kMost) return;
+    auto voxel = [&](int64_t v) {
+      const int64_t w = v % p.coarse.w, row = v / p.coarse.w;
+      return ((row / p.coarse.h * p.stride.d) * p.map.h + row % p.coarse.h * p.stride.h) * p.map.w + w * p.stride.w;
+    };
+    const int64_t first = voxel(v0), last = voxel(v1 - 1) + p.map.w * (p.kernel.h - 1) + p.kernel.w;
+    const int64_t voxels = m.grid.voxels(), end = last < voxels ? last : voxels;
+    const T* base = sample_of<T>(m, n);
+    Run& r = run_[runs_++];
+    r.stride = (m.channels_last ? 0 : voxels) * int64_t(sizeof(T));
+    r.rows = m.channels_last ? 1 : m.channels;
+    r.at = reinterpret_cast<const char*>(base + first * (m.channels_last ? m.channels : 1));
+    r.lines = ((end - first) * (m.channels_last ? m.channels : 1) * int64_t(sizeof(T)) + 63) / 64;
+    total_ += r.rows * r.lines;
+  }
+  // Divides the work by the number of times that fetch() will be called.
+  void over(int64_t calls) { some_ = calls > 0 ? (total_ + calls - 1) / calls : 0; }
+  inline __attribute__((always_inline)) void fetch() {
+    for (int64_t left = some_; left > 0 && now_ < runs_;) {
+      Run& r = run_[now_];
+      const int64_t count = smaller(left, r.lines - line_);
+      const char* at = r.at + line_ * 64;
+      for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at + i * 64, 0, 2);
+      left -= count;
+      line_ += count;
+      if (line_ < r.lines) continue;
+      line_ = 0;
+      r.at += r.stride;
+      if (--r.rows == 0) ++now_;
+    }
+  }
+
+ private:
+  struct Run {
+    const char* at;
+    int64_t stride, rows, lines;
+  };
+  static constexpr int kMost = 4;
+  Run run_[kMost];
+  int runs_ = 0, now_ = 0;
+  int64_t line_ = 0, total_ = 0, some_ = 0;
+};
+
 }  // namespace
 }  // namespace attn_gate::cpu
