@@ -25,7 +25,8 @@ def why_not(backend: str, device: torch.device) -> str:
     if backend == "cpu":
         return "" if device.type == "cpu" else f"the C++ kernels run on CPU tensors; these are on {device}"
     if backend == "cuda":
-        return _library.why_no_cuda_library or ("" if device.type == "cuda" else f"the tensors are on {device}")
+        elsewhere = "" if device.type == "cuda" else f"the tensors are on {device}"
+        return _library.why_no_cuda_library or elsewhere
     return "this version of attn_gate has no Triton kernels"
 
 
@@ -44,13 +45,14 @@ def choose(backend: str, x: Tensor) -> str:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend != "auto":
         if reason := why_not(backend, x.device):
-            raise ValueError(f"{argument} is {backend!r}, which can't be used: {reason}; 'auto' takes what can")
+            raise ValueError(f"{argument} is {backend!r}, which can't be used: {reason}; use 'auto'")
         return backend
     for candidate in ("cpu",) if x.device.type == "cpu" else ("cuda", "triton"):
         reason = why_not(candidate, x.device)
         if not reason:
             return candidate
-        _log.debug("backend %s is skipped: %s", candidate, reason)
+        if not torch.compiler.is_compiling():  # a logger would break the graph
+            _log.debug("backend %s is skipped: %s", candidate, reason)
     return "eager"
 
 

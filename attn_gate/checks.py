@@ -1,7 +1,7 @@
 """What users may pass to the operators of `attn_gate.functional`, and what they are told otherwise.
 
-Every error names the argument, what it takes, what it got and, where there is one, the remedy. A wrong type or
-dtype is a TypeError, everything else a ValueError.
+Every error names the argument, what it takes, what it got and, where there is one, the remedy. A wrong type
+or dtype is a TypeError, everything else a ValueError.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_map(name: str, t: Any, like: Tensor | None = None) -> None:
     if not isinstance(t, Tensor) or t.dtype not in _DTYPES:
         raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor; got {_described(t)}")
     if t.ndim not in (3, 4, 5):
-        raise ValueError(f"{name} must be [N, channels, *grid], of 1, 2 or 3 grid axes; got shape {list(t.shape)}")
+        raise ValueError(f"{name} must be [N, channels, *grid], 1 to 3 grid axes; got shape {list(t.shape)}")
     if like is None:
         return
     if t.device != like.device:

@@ -1,15 +1,16 @@
 """The fused operators as plain functions: arguments checked, autocast applied, the backend chosen.
 
-Shapes: N batch, C channels of x, G of g, I in between; grids S of x, R of theta (and alpha), Q of g, each of 1,
-2 or 3 axes. Maps are float32, float64, bfloat16 or float16, contiguous or channels last (both native; other
-strides are copied); sums are taken in float32 (float64 for float64), and alpha comes in that dtype. The eager
-twin of every function is in `attn_gate.reference`.
+Shapes: N batch, C channels of x, G of g, I in between; grids S of x, R of theta (and alpha), Q of g, each of
+    1, 2 or 3 axes. Maps are float32, float64, bfloat16 or float16, contiguous or channels last (both native;
+    other strides are copied); sums are taken in float32 (float64 for float64), and alpha comes in that dtype.
+    The eager twin of every function is in `attn_gate.reference`.
 
 Formulas: Oktay et al., Attention U-Net, 2018 (arXiv 1804.03999), section 2.2.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,8 +41,9 @@ def gate(
         theta: projected skip connection [N, I, *R].
         phi: projected gating signal [N, I, *Q], or None where theta holds the sum already.
         psi_weight: [1, I, 1..], psi_bias: [1] or None; in any floating dtype.
-        phi_resize, alpha_resize: "linear", "nearest" or "align_corners": F.interpolate(size=...) in mode "bilinear"
-            (1D, 3D: its kin), "nearest", or "bilinear" with align_corners=True; equal sizes are the identity.
+        phi_resize, alpha_resize: "linear", "nearest" or "align_corners": F.interpolate(size=...) in mode
+            "bilinear" (1D, 3D: its kin), "nearest", or "bilinear" with align_corners=True; equal sizes are
+            the identity.
         align_corners: True makes "linear" mean "align_corners".
         activation: "relu" | "leaky_relu" | "softplus" | "silu" | "gelu".
         backend: "auto" | "cpu" | "cuda" | "triton" | "eager".
@@ -76,7 +78,7 @@ def gate_logits(
     activation: str = "relu",
     backend: str = "auto",
 ) -> Tensor:
-    """`gate` up to the logits psi . act(theta + resize(phi, R)) + psi_bias, [N, 1, *R]: for other normalisers."""
+    """psi . act(theta + resize(phi)) + psi_bias, [N, 1, *R]: `gate` without the normaliser."""
     phi_resize = checks.checked_resize("phi_resize", phi_resize, align_corners)
     checks.check_activation(activation)
     theta, phi = _cast(theta, phi)
@@ -105,19 +107,20 @@ def attention_gate(
     recompute: str | bool = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The whole gate: `gate` of x, theta = conv(x, theta_weight, bias, stride, padding), phi = conv(g, phi_weight).
+    """The whole gate: `gate` of x, theta = conv(x, theta_weight, bias, stride, padding), phi = conv(g,
+    phi_weight).
 
-    One pass over x and g where theta's patches don't overlap (kernel <= stride) and padding is 0; else theta is
-    PyTorch's convolution and the rest is fused.
+    One pass over x and g where theta's patches don't overlap (kernel <= stride) and padding is 0; else theta
+    is PyTorch's convolution and the rest is fused.
 
     Args:
         x: skip connection [N, C, *S]; g: gating signal [N, G, *Q] of any grid.
         theta_weight: [I, C, *k]; phi_weight: [I, G, 1..]; psi_weight: [1, I, 1..].
         bias: [I], theta's bias plus phi's, or None; psi_bias: [1] or None. Parameters in any floating dtype.
         stride, padding: of theta's convolution; a number, or one per axis.
-        recompute: True keeps only alpha between forward and backward, and computes theta + phi again there; False
-            keeps theta + phi too (I channels); "auto" recomputes unless the arithmetic costs more than the memory
-            traffic that it saves.
+        recompute: True keeps only alpha between forward and backward, and computes theta + phi again there;
+            False keeps theta + phi too (I channels); "auto" recomputes unless the arithmetic costs more than
+            the memory traffic that it saves.
         phi_resize, alpha_resize, align_corners, activation, backend: as in `gate`.
 
     Returns:
@@ -139,7 +142,7 @@ def attention_gate(
         tensors = (x, theta, phi, psi_weight.reshape(-1), psi_bias)
         return _run(operators.GATE, backend, tensors, phi_resize, alpha_resize, activation)
     tensors = (x, g, theta_weight, phi_weight, bias, psi_weight.reshape(-1), psi_bias)
-    store = _stores(recompute, tensors)
+    store = _stores(recompute, tensors, stride)
     return _run(
         operators.ATTENTION_GATE, backend, tensors, stride, phi_resize, alpha_resize, activation, store
     )
@@ -175,7 +178,7 @@ def attention_logits(
         tensors = (theta, phi, psi_weight.reshape(-1), psi_bias)
         return _run(operators.GATE_LOGITS, backend, tensors, phi_resize, activation)[0]
     tensors = (x, g, theta_weight, phi_weight, bias, psi_weight.reshape(-1), psi_bias)
-    store = _stores(recompute, tensors)
+    store = _stores(recompute, tensors, stride)
     return _run(operators.ATTENTION_LOGITS, backend, tensors, stride, phi_resize, activation, store)[0]
 
 
@@ -226,7 +229,7 @@ def _autocast_dtype(t: Tensor) -> torch.dtype | None:
 
 
 def _cast(*maps: Any) -> tuple[Any, ...]:
-    """Under autocast, maps in its dtype: before the operators see them, so that the casts are differentiated."""
+    """Under autocast, maps in its dtype: outside of the operators, so that the casts are differentiated."""
     first = maps[0]
     dtype = _autocast_dtype(first) if isinstance(first, Tensor) else None
     if dtype is None:
@@ -256,14 +259,20 @@ def _convolved(
     return theta, conv(g, phi_weight.to(x.dtype))
 
 
-def _stores(recompute: str | bool, tensors: tuple[Tensor | None, ...]) -> bool:
+def _stores(recompute: str | bool, tensors: tuple[Tensor | None, ...], stride: list[int]) -> bool:
     """Whether forward keeps the pre-activation for backward; never where there will be no backward."""
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return False
-    return not recompute if isinstance(recompute, bool) else _recompute_costs_more(*tensors[:3])
+    return not recompute if isinstance(recompute, bool) else _recompute_costs_more(*tensors[:3], stride)
 
 
-def _recompute_costs_more(x: Tensor, g: Tensor, theta_weight: Tensor) -> bool:
-    """Where recompute="auto" is decided, by measurement (bench: a step with recompute=True and with False)."""
-    depth = theta_weight[0].numel() + g.shape[1]
-    return x.device.type == "cpu" and depth >= 256
+def _recompute_costs_more(x: Tensor, g: Tensor, theta_weight: Tensor, stride: list[int]) -> bool:
+    """Where recompute="auto" is decided: recomputing is a third more arithmetic for I channels less memory.
+
+    A step does 6 * I * K multiply-adds' worth of flops per coarse voxel (K rows of [x's patch; g]; 2 forward,
+    4 backward), and reads x, g, dy and writes dx, dg. Measured on 2 cores with AVX-512: at 75 flops for each
+    element moved memory binds, and at 150 it still does nearly; at 300 and above the arithmetic does.
+    """
+    inter, depth = theta_weight.shape[0], theta_weight[0].numel() + g.shape[1]
+    moved = 3 * x.shape[1] * math.prod(stride) + 2 * g.shape[1]
+    return x.device.type == "cpu" and 6 * inter * depth > 200 * moved

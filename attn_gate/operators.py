@@ -1,7 +1,7 @@
 """The five fused operators, described: what each takes and returns, its backward kernel, its eager twin.
 
-The twin is the same formula in eager PyTorch (`attn_gate.reference`): what second derivatives and forward mode
-differentiate, and what backend="eager" runs.
+The twin is the same formula in eager PyTorch (`attn_gate.reference`): what second derivatives and forward
+mode differentiate, and what backend="eager" runs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Operator:
         maps: how many of those carry the batch; they come first, parameters after them.
         outputs: how many results are differentiable; what forward stores for backward comes after them.
         kept: indices of the results that backward reads.
-        backward: (grads, tensors, kept results, options, needs) -> a gradient per tensor, empty where bit i of
-            needs is 0.
+        backward: (grads, tensors, kept results, options, needs) -> a gradient per tensor, empty where bit i
+            of needs is 0.
         twin: (*tensors, *options) -> the differentiable results, in eager PyTorch.
     """
 
@@ -68,7 +68,8 @@ def _gate_logits(theta, phi, psi_weight, psi_bias, phi_resize, activation):
 
 
 def _attention_gate(
-    x, g, theta_weight, phi_weight, bias, psi_weight, psi_bias, stride, phi_resize, alpha_resize, activation, store
+    x, g, theta_weight, phi_weight, bias, psi_weight, psi_bias,
+    stride, phi_resize, alpha_resize, activation, store,
 ):  # fmt: skip
     return reference.attention_gate(
         x, g, theta_weight, phi_weight, _psi(psi_weight, x), bias, psi_bias,
@@ -77,7 +78,8 @@ def _attention_gate(
 
 
 def _attention_logits(
-    x, g, theta_weight, phi_weight, bias, psi_weight, psi_bias, stride, phi_resize, activation, store
+    x, g, theta_weight, phi_weight, bias, psi_weight, psi_bias,
+    stride, phi_resize, activation, store,
 ):  # fmt: skip
     logits = reference.attention_logits(
         x, g, theta_weight, phi_weight, _psi(psi_weight, x), bias, psi_bias,
@@ -90,8 +92,8 @@ def _apply(x, alpha, alpha_resize):
     return (reference.apply_attention(x, alpha, alpha_resize=alpha_resize),)
 
 
-# The kernels' arguments are in csrc/ops.cpp. `store`, the last option of a whole gate, is of forward only; psi's
-# bias matters to no gradient.
+# The kernels' arguments are in csrc/ops.cpp. `store`, the last option of a whole gate, is of forward only;
+# psi's bias matters to no gradient.
 GATE = Operator(
     "gate", tensors=5, maps=3, outputs=2, kept=(1,), twin=_gate,
     backward=lambda grads, t, kept, options, needs: ops.gate_bwd(*grads, *t[:4], *kept, *options, needs),

@@ -1,4 +1,4 @@
-"""`python -m attn_gate verify`: every gate on every backend that works here, compared with the float64 reference.
+"""`python -m attn_gate verify`: every gate on every backend that works here, against the float64 reference.
 
 Each operator runs the named cases of `attn_gate.cases`; AttentionGate runs its presets, with trained-looking
 batch norms in eval mode. Compared are all outputs and the gradients of all inputs and parameters; the rule is
@@ -35,9 +35,9 @@ DESCRIPTION = """\
 Compare every gate, forward and all gradients, on every backend that works on this machine, in every dtype and
 layout, with a float64 reference, and print one table.
 
-A result is right if its error is at most twice that of eager PyTorch in the same dtype, plus a few units in the
-last place of the largest value. The table shows, for each operator or preset, the result that comes closest to
-that limit, over all cases and layouts.
+A result is right if its error is at most twice that of eager PyTorch in the same dtype, plus a few units in
+the last place of the largest value. The table shows, for each operator or preset, the result that comes
+closest to that limit, over all cases and layouts.
 """
 
 EPILOG = """\
@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    parser.add_argument("--backend", choices=BACKENDS, nargs="+", help="only these (default: all that work here)")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, nargs="+", help="only these (default: all that work here)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="only these (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (default: 0)")
     parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK_DTYPES)}")
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------- comparison
+# --------------------------------------------------------------------------------------------- comparison
 
 
 @dataclass
@@ -140,7 +142,7 @@ class Variant:
     options: dict = field(default_factory=dict)
 
 
-# By preset: the cases of attn_gate.cases that have its kernel, stride and resizes, and so the same parameters.
+# By preset: the cases that have its kernel, stride and resizes, and so the same parameters.
 MODULES = {
     "AttentionGate paper": ("paper", ("paper 2D", "paper 3D")),
     "AttentionGate keras": ("keras", ("keras 2D", "keras 3D")),
@@ -166,20 +168,37 @@ def _compare(row: Row, case: GateCase, variant: Variant, layout: str, seed: int)
     if row.subject in MODULES:
         gate = _module(case, MODULES[row.subject][0], inputs, seed)
         maps = {"x": inputs["x"], "g": inputs["g"]}
-        calls = [_module_call(gate, backend) for backend in (row.backend, "eager")]
+        ours, eager = _module_call(gate, row.backend), _module_call(gate, "eager")
         exact = _module_call(copy.deepcopy(gate).double(), "eager")
     else:
         maps, options = inputs, case.options(operator)
-        ours = getattr(functional, operator)
-        eager = getattr(reference, operator)
-        calls = [_function_call(ours, backend=row.backend, **options, **variant.options), _function_call(eager, **options)]
-        exact = calls[1]
-    doubles = {name: None if t is None else t.double() for name, t in maps.items()}
-    found, in_dtype, in_double = (
-        _results(call, tensors, layout, seed)
-        for call, tensors in ((calls[0], maps), (calls[1], maps), (exact, doubles))
-    )
-    return judge(found, in_dtype, in_double)
+        ours = _function_call(
+            getattr(functional, operator), backend=row.backend, **options, **variant.options
+        )
+        eager = exact = _function_call(getattr(reference, operator), **options)
+    found = _results(ours, maps, layout, seed)
+    with _one_thread():
+        with _plain_pytorch(device, DTYPES[row.dtype]):
+            in_dtype = _results(eager, maps, layout, seed)
+        doubles = {name: None if t is None else t.double() for name, t in maps.items()}
+        return judge(found, in_dtype, _results(exact, doubles, layout, seed), DTYPES[row.dtype])
+
+
+def _plain_pytorch(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Make the reference round as PyTorch does in this dtype: by itself it takes 16-bit maps to float32."""
+    sixteen_bit = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device, dtype if sixteen_bit else None, enabled=sixteen_bit)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """On maps this small a second thread costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # Takes tensors by name; returns outputs by name, and what else to differentiate by.
@@ -208,14 +227,18 @@ def _module_call(gate: AttentionGate, backend: str) -> Call:
 
 
 def _results(call: Call, tensors: dict[str, Tensor | None], layout: str, seed: int) -> dict[str, Tensor]:
-    """Outputs by name, and as "d NAME" the gradients of all inputs and parameters for random output gradients."""
+    """Outputs by name, and as "d NAME" the gradients of all inputs and parameters, for random slopes."""
     leaves = {k: v if v is None else v.detach().requires_grad_() for k, v in tensors.items()}
     outputs, parameters = call(leaves)
     generator = torch.Generator().manual_seed(seed)
     slopes = []
-    for output in outputs.values():
-        # Numbers that are exact in every dtype, so that all calls get the same.
-        slope = torch.randint(-16, 17, output.shape, generator=generator).to(output.device, output.dtype) / 8
+    for name, output in outputs.items():
+        # Numbers that are exact in every dtype, so that all calls get the same. Those of the one-channel maps
+        # have one sign, else the sums over all voxels, which gradients of parameters are, might cancel.
+        lowest = -16 if name == "y" else 8
+        slope = (
+            torch.randint(lowest, 17, output.shape, generator=generator).to(output.device, output.dtype) / 8
+        )
         slopes.append(channels_last(slope) if layout == "channels_last" else slope)
     wanted = {**{k: v for k, v in leaves.items() if v is not None}, **parameters}
     gradients = torch.autograd.grad(list(outputs.values()), list(wanted.values()), slopes)
@@ -239,7 +262,9 @@ def _module(case: GateCase, preset: str, inputs: dict[str, Tensor | None], seed:
     gate = gate.eval().to(x.device, reference.accumulation_dtype(x))
     zero = inputs["bias"].new_zeros(case.inter)
     # Not every gate has a bias in theta; all have one in phi.
-    _set_layer(gate.theta, gate.theta_norm, inputs["theta_weight"], zero if gate.theta.bias is not None else None)
+    _set_layer(
+        gate.theta, gate.theta_norm, inputs["theta_weight"], zero if gate.theta.bias is not None else None
+    )
     _set_layer(gate.phi, gate.phi_norm, inputs["phi_weight"], inputs["bias"])
     _set_layer(gate.psi, gate.psi_norm, inputs["psi_weight"], inputs["psi_bias"])
     return gate
@@ -261,7 +286,7 @@ def _is_norm(layer: nn.Module) -> bool:
     return isinstance(layer, nn.modules.batchnorm._BatchNorm)
 
 
-# --------------------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------------- output
 
 
 @contextlib.contextmanager
@@ -286,7 +311,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     else:
         numbers = f"{row.worst.error:.1e}", f"{row.worst.tolerance:.1e}"
         where = f"{row.worst.name} ({row.where})"
-    return (row.subject, row.backend, row.dtype, str(row.count), *numbers, where, "right" if row.ok else "WRONG")
+    return (
+        row.subject,
+        row.backend,
+        row.dtype,
+        str(row.count),
+        *numbers,
+        where,
+        "right" if row.ok else "WRONG",
+    )
 
 
 def _print_table(rows: Sequence[Row]) -> None:

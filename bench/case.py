@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from attn_gate.bench.gates import GATES
-from attn_gate.bench.registry import Config
+from attn_gate.judge import Judgement, judge, worst
 
-# Pre-activations nearer to 0 than this are redrawn: there rounding decides relu's derivative, not the formula.
+from .gates import GATES
+from .registry import Config
+
+# Pre-activations nearer to 0 than this are redrawn: there rounding decides relu's derivative.
 _MARGIN = 1e-5
-_ULPS = 4
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The worst of some results: its name, its error, the error allowed, both relative to its largest value."""
-
-    name: str
-    error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        """False for NaN too."""
-        return self.error <= self.tolerance
 
 
 class Case:
-    """x, g, the gradient dy of y, an eager float32 gate, and its results in float64. All contiguous, fixed seed."""
+    """x, g, the gradient dy of y, an eager float32 gate, and its results in float64. Seeded."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -45,32 +31,18 @@ class Case:
             self.gate = GATES[config.gate](config).eval()
         self._double = copy.deepcopy(self.gate).double()
         self._leave_the_kink(generator)
-        self._expected: dict[str, tuple[dict[str, Tensor], dict[str, float]]] = {}
+        self._expected: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
-    def check(self, mode: str, results: Mapping[str, Tensor]) -> Verdict:
-        """Compare results (see `run`) with the float64 reference.
+    def check(self, mode: str, results: Mapping[str, Tensor]) -> Judgement:
+        """The worst of these results (see `run`), by the rule of `attn_gate.judge`."""
+        return worst(judge(results, *self._eager_and_exact(mode), torch.float32))
 
-        Tolerance: twice the error of eager float32, plus a few units in the last place of the largest value.
-        """
-        reference, eager_errors = self._reference(mode)
-        if set(results) != set(reference):
-            raise ValueError(f"{mode} must return {', '.join(reference)}; got {', '.join(results)}")
-        worst = None
-        for name, expected in reference.items():
-            tolerance = 2 * eager_errors[name] + _ULPS * torch.finfo(torch.float32).eps
-            verdict = Verdict(name, _error(results[name], expected), tolerance)
-            # `not <=` and not `>`: NaN is the worst.
-            if worst is None or not verdict.error / verdict.tolerance <= worst.error / worst.tolerance:
-                worst = verdict
-        return worst
-
-    def _reference(self, mode: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The float64 results of this mode, and the errors of eager float32."""
+    def _eager_and_exact(self, mode: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The results of this mode in eager float32, and in float64."""
         if mode not in self._expected:
-            x, g, dy = self.x.double(), self.g.double(), self.dy.double()
-            expected = run(mode, self._double, x, g, dy)
-            found = run(mode, copy.deepcopy(self.gate), self.x, self.g, self.dy)
-            self._expected[mode] = expected, {k: _error(found[k], v) for k, v in expected.items()}
+            eager = run(mode, copy.deepcopy(self.gate), self.x, self.g, self.dy)
+            exact = run(mode, self._double, self.x.double(), self.g.double(), self.dy.double())
+            self._expected = {mode: (eager, exact)}  # one mode at a time: they are large
         return self._expected[mode]
 
     def _leave_the_kink(self, generator: torch.Generator) -> None:
@@ -108,10 +80,3 @@ def gradients(gate: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     """What the last backward pass left in .grad, as "d x", "d g" and "d theta.weight"."""
     leaves = {"x": x, "g": g, **dict(gate.named_parameters())}
     return {f"d {name}": leaf.grad for name, leaf in leaves.items()}
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
-        return float("inf")
-    scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    return ((found.detach().double() - expected).abs().max() / scale).item()

@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -16,12 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from attn_gate import _library, _version
-from attn_gate.bench import report
-from attn_gate.bench.case import Case
-from attn_gate.bench.measure import measure_case
-from attn_gate.bench.providers import PROVIDERS, Provider
-from attn_gate.bench.registry import CONFIGS, MODES, Config, select
-from attn_gate.bench.results import Results
+
+from . import report
+from .case import Case
+from .measure import measure_case
+from .providers import PROVIDERS, Provider
+from .registry import CONFIGS, MODES, select
+from .results import Results
 
 T = TypeVar("T")
 
@@ -30,12 +32,13 @@ QUICK_REPEATS = 5
 PACKAGES = ("onnxruntime", "openvino")
 
 DESCRIPTION = """\
-Measure the time and the memory of attention gates: attn_gate against the same gate in eager PyTorch, torch.compile,
-ONNX Runtime and OpenVINO (where they are installed), and against the memory traffic that no gate can avoid.
+Measure the time and the memory of attention gates: attn_gate against the same gate in eager PyTorch,
+torch.compile, ONNX Runtime and OpenVINO (where they are installed), and against the memory traffic that no
+gate can avoid.
 
-All take turns in one process, on the same numbers, in float32, with as many threads as PyTorch uses (OMP_NUM_THREADS
-sets that). Who doesn't match the float64 reference gets no time. torch.compile compiles C++ the first time (seconds
-per gate) and remembers it.
+All take turns in one process, on the same numbers, in float32, with as many threads as PyTorch uses
+(OMP_NUM_THREADS sets that). Who doesn't match the float64 reference gets no time. torch.compile compiles C++
+the first time, seconds per gate, and remembers it.
 """
 
 EPILOG = """\
@@ -46,7 +49,8 @@ examples:
   python -m attn_gate bench --provider attn_gate,eager            only these two
   python -m attn_gate bench --out before                          results.json and results.csv go there
 
-exit code: 0 all measured; 1 a provider was wrong or failed; 2 wrong arguments; 130 Ctrl-C (what was measured is kept)
+exit code: 0 all measured; 1 something was wrong or failed; 2 wrong arguments; 130 Ctrl-C (what was
+measured is kept)
 """
 
 
@@ -68,13 +72,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     modes = "; ".join(f"{name}: {what}" for name, what in MODES.items())
     parser.add_argument("--mode", type=_names("mode", MODES), metavar="NAMES", default=MODES, help=modes)
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("report/bench"), help="for results.json and results.csv (%(default)s)"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("report/bench"),
+        help="for results.json and results.csv (%(default)s)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; the exit code."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     repeats = QUICK_REPEATS if args.quick else REPEATS
     results = Results(
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -82,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
         settings={"quick": args.quick, "repeats": repeats},
         configs=list(args.config.values()),
     )
+    load = results.machine["load"]
+    if load > results.machine["cores"] / 2:
+        console.print(
+            f"others are using this machine (load {load:.1f}): times won't mean much", style="yellow"
+        )
     try:
         measure_all(results, list(args.provider.values()), list(args.mode), repeats, args.out, console)
     except KeyboardInterrupt:
@@ -109,10 +122,10 @@ def measure_all(
     folder: Path,
     console: Console,
 ) -> None:
-    """Add the rows of all configs to `results`, written to `folder` after each; with a progress bar on a terminal."""
-    total = sum(
-        repeats + sum(mode in provider.modes for provider in providers) for mode in modes
-    ) * len(results.configs)
+    """Add the rows of all configs to `results`, written to `folder` after each mode."""
+    total = sum(repeats + sum(mode in provider.modes for provider in providers) for mode in modes) * len(
+        results.configs
+    )
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
@@ -124,8 +137,8 @@ def measure_all(
                 def advance(what: str, where: str = f"{config.name} {mode}") -> None:
                     progress.update(task, advance=1, description=f"{where}: {what}")
 
-                for row in measure_case(case, mode, providers, repeats, advance):
-                    results.rows.append(row)
+                progress.update(task, description=f"{config.name} {mode}: reference")
+                measure_case(case, mode, providers, repeats, results.rows, advance)
                 results.write(folder)
                 if not console.is_terminal:
                     console.print(report.line(results, config.name, mode), soft_wrap=True, highlight=False)
@@ -133,9 +146,13 @@ def measure_all(
             torch.compiler.reset()
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | int | float]:
     """What the times depend on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "attn_gate": _version.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "attn_gate": _version.__version__,
+    }
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -145,6 +162,7 @@ def machine() -> dict[str, str | int]:
         "cpu": _cpu(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "instructions": _library.cpu_isa(),
         "platform": platform.platform(),
         **versions,

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attn_gate.bench.registry import Config
+from .registry import Config
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 class SameGridGate(nn.Module):
-    """y = x * sigmoid(psi(relu(phi(g) + theta(x)))): the gate of MONAI and most 2D copies, batch norms folded."""
+    """x * sigmoid(psi(relu(phi(g) + theta(x)))): the gate of MONAI and most 2D copies, batch norms folded."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class SameGridGate(nn.Module):
 
 
 class PaperGate(nn.Module):
-    """theta strides to g's grid, the map is interpolated back: Oktay et al. 2018 (arXiv 1804.03999), figure 2."""
+    """theta strides to g's grid, alpha is interpolated back: Oktay et al. 2018 (arXiv 1804.03999)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

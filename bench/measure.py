@@ -1,4 +1,4 @@
-"""Check, then measure: programs take turns in one process, so that a change in the machine's mood hits all alike."""
+"""Check, then measure: all take turns in one process, so that the machine's moods hit all alike."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from attn_gate.bench.case import Case
-from attn_gate.bench.memory import kept_bytes, peak_bytes
-from attn_gate.bench.providers import Program, Provider
-from attn_gate.bench.results import Row
+from .case import Case
+from .memory import kept_bytes, peak_bytes
+from .providers import Program, Provider
+from .results import Row
 
 SHORT_MS = 20.0  # up to here a turn is several calls
 CALLS = 3
@@ -22,41 +22,39 @@ def measure_case(
     mode: str,
     providers: Collection[Provider],
     repeats: int,
+    rows: list[Row],
     on_progress: Callable[[str], None] = lambda what: None,
-) -> Iterator[Row]:
-    """Yield the row of every provider for this case and mode.
+) -> None:
+    """Append to `rows` that of every provider for this case and mode.
 
-    A provider whose results don't match the float64 reference gets no time. Interrupted by Ctrl-C while it
-    measures, it yields what it has, and raises KeyboardInterrupt again.
+    A provider whose results don't match the float64 reference gets no time. Interrupted by Ctrl-C, it appends
+    what it has.
 
     Args:
         repeats: turns of each provider.
         on_progress: called with what was done once per provider, and once per repeat.
     """
-    rows: dict[str, Row] = {}
+    found: dict[str, Row] = {}
     programs: dict[str, Program] = {}
-    for provider in providers:
-        if mode not in provider.modes:
-            continue
-        row = Row(case.config.name, mode, provider.name)
-        program = prepare(case, mode, provider, row)
-        if program is not None:
-            programs[provider.name] = program
-        rows[provider.name] = row
-        on_progress(f"checked {provider.name}")
-    times: dict[str, list[float]] = {name: [] for name in programs}
     try:
+        for provider in providers:
+            if mode not in provider.modes:
+                continue
+            row = Row(case.config.name, mode, provider.name)
+            program = prepare(case, mode, provider, row)
+            found[provider.name] = row
+            if program is not None:
+                programs[provider.name] = program
+            on_progress(f"checked {provider.name}")
+        times = {name: found[name].times_ms for name in programs}
         for _ in interleave(programs, repeats, times):
             on_progress("measured")
     finally:
-        for name, samples in times.items():
-            rows[name].times_ms = samples
-        # Also on the way out of an interrupted measurement.
-        yield from (row for row in rows.values() if row.status != "measured" or row.times_ms)
+        rows.extend(row for row in found.values() if row.status != "measured" or row.times_ms)
 
 
 def prepare(case: Case, mode: str, provider: Provider, row: Row) -> Program | None:
-    """Make the provider's program, check its results, and count its memory; None, and why in `row`, if it fails."""
+    """The provider's program, results checked and memory counted; None, and why in `row`, if it fails."""
     row.note = provider.why_not()
     if row.note:
         row.status = "unavailable"
@@ -81,7 +79,7 @@ def prepare(case: Case, mode: str, provider: Provider, row: Row) -> Program | No
 def _count_memory(program: Program, row: Row) -> None:
     if program.forward is not None:
         row.kept_bytes = kept_bytes(program.forward, program.held)
-    if program.torch_allocator:
+    if program.counts_peak:
         program.reset()
         row.peak_bytes = peak_bytes(program.call)
 
@@ -89,7 +87,7 @@ def _count_memory(program: Program, row: Row) -> None:
 def interleave(
     programs: Mapping[str, Program], repeats: int, times: dict[str, list[float]]
 ) -> Iterator[None]:
-    """Give every program `repeats` turns, in random order; append milliseconds to `times`, yield after each round."""
+    """Give every program `repeats` turns in random order; append ms to `times`, yield after each round."""
     shuffled = random.Random(0)
     expected = {name: _timed(program) for name, program in programs.items()}  # and warms up
     with _without_gc():
@@ -98,7 +96,7 @@ def interleave(
                 program = programs[name]
                 short = expected[name] < SHORT_MS
                 if short:
-                    # Worker threads of the one before may still spin, and it has left its own data in the caches.
+                    # Worker threads of the one before may still spin, and its data is in the caches.
                     _timed(program)
                 turn = [_timed(program) for _ in range(CALLS if short else 1)]
                 times[name] += turn

@@ -14,7 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def kept_bytes(forward: Callable[[], Any], held: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward`, each storage once, without those of `held`."""
+    """Bytes that autograd keeps for the backward pass of `forward`, each storage once, without `held`'s."""
     known = {t.untyped_storage().data_ptr() for t in held}
     kept: dict[int, int] = {}
 

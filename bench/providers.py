@@ -1,4 +1,4 @@
-"""Who is measured: each provider makes, of a case and a mode, a program that does the same work in its own way."""
+"""Who is measured: each provider makes, of a case and a mode, a program that does the work in its own way."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from attn_gate import AttentionGate
-from attn_gate.bench.case import Case, gradients
-from attn_gate.bench.gates import PRESETS
-from attn_gate.bench.registry import MODES
+
+from .case import Case, gradients
+from .gates import PRESETS
+from .registry import MODES
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Program:
     """Something to time.
 
     Attributes:
-        call: the work; what it returns is dropped at once, inside the time, as a network drops its activations.
-        results: does the work and returns tensors by name (see `attn_gate.bench.case.run`); None: nothing to check.
+        call: the work; what it returns is dropped inside the time, as a network drops its activations.
+        results: does the work and returns tensors by name (see `case.run`); None: nothing to check.
         reset: called before each call, outside the time.
         forward: the forward pass with gradients, whose kept tensors are counted; None: it has none.
         held: tensors that a network holds anyway: x, g and the parameters.
-        torch_allocator: whether its memory comes from PyTorch's allocator and can be counted there.
+        counts_peak: whether its memory is worth counting, and comes from PyTorch's allocator.
     """
 
     call: Callable[[], Any]
@@ -39,7 +40,7 @@ class Program:
     reset: Callable[[], None] = lambda: None
     forward: Callable[[], Any] | None = None
     held: Iterable[Tensor] = ()
-    torch_allocator: bool = True
+    counts_peak: bool = True
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Provider:
     """One way to compute a gate.
 
     Attributes:
-        name: for the command line; title: for tables, at most two words.
+        name: for the command line; title: for tables, two short lines.
         make: (case, mode) -> program.
         modes: those that it has.
         default: whether it runs when nobody asks for it by name.
@@ -68,7 +69,7 @@ class Provider:
 
 
 def module_program(case: Case, mode: str, gate: nn.Module, channels_last: bool = False) -> Program:
-    """A gate that is a PyTorch module (x, g) -> y with the parameters theta, phi, psi of the case's eager one."""
+    """A gate that is a PyTorch module (x, g) -> y, with the parameters of the case's eager one."""
     layout = torch.contiguous_format
     if channels_last:
         layout = torch.channels_last if case.x.ndim == 4 else torch.channels_last_3d
@@ -129,7 +130,7 @@ def _onnxruntime(case: Case, mode: str) -> Program:
     def call() -> list:
         return session.run(None, inputs)
 
-    return Program(call, lambda: {"y": torch.from_numpy(call()[0])}, torch_allocator=False)
+    return Program(call, lambda: {"y": torch.from_numpy(call()[0])}, counts_peak=False)
 
 
 def _openvino(case: Case, mode: str) -> Program:
@@ -147,7 +148,7 @@ def _openvino(case: Case, mode: str) -> Program:
     def call() -> Any:
         return model(inputs, share_inputs=True, share_outputs=True)
 
-    return Program(call, lambda: {"y": torch.from_numpy(call()[0].copy())}, torch_allocator=False)
+    return Program(call, lambda: {"y": torch.from_numpy(call()[0].copy())}, counts_peak=False)
 
 
 @functools.lru_cache(maxsize=1)
@@ -166,24 +167,27 @@ def _limit(case: Case, mode: str) -> Program:
     """The memory traffic that no gate can avoid."""
     x, g, dy = case.x, case.g, case.dy
     if mode == "inference":
-        return Program(lambda: (g.sum(), x.clone()))
-    return Program(lambda: (x.sum(), x.clone(), g.clone(), dy.clone()))
+        return Program(lambda: (g.sum(), x.clone()), counts_peak=False)
+    return Program(lambda: (x.sum(), x.clone(), g.clone(), dy.clone()), counts_peak=False)
 
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("attn_gate", "attn_gate", _attn_gate),
-        Provider("attn_gate-channels-last", "attn_gate ch. last", functools.partial(_attn_gate, channels_last=True)),
-        Provider("attn_gate-recompute", "attn_gate recompute", functools.partial(_attn_gate, recompute=True),
+        Provider("attn_gate-channels-last", "attn_gate\nch. last",
+                 functools.partial(_attn_gate, channels_last=True)),
+        Provider("attn_gate-recompute", "attn_gate\nrecompute", functools.partial(_attn_gate, recompute=True),
                  modes=("step",), default=False),
-        Provider("attn_gate-store", "attn_gate store", functools.partial(_attn_gate, recompute=False),
+        Provider("attn_gate-store", "attn_gate\nstore", functools.partial(_attn_gate, recompute=False),
                  modes=("step",), default=False),
         Provider("eager", "eager", _eager),
-        Provider("eager-channels-last", "eager ch. last", functools.partial(_eager, channels_last=True)),
-        Provider("compile", "torch compile", _compiled),
-        Provider("onnxruntime", "ONNX Runtime", _onnxruntime, modes=("inference",), packages=("onnx", "onnxruntime")),
-        Provider("openvino", "Open- VINO", _openvino, modes=("inference",), packages=("onnx", "openvino")),
-        Provider("limit", "memory limit", _limit),
+        Provider("eager-channels-last", "eager\nch. last", functools.partial(_eager, channels_last=True)),
+        Provider("compile", "torch\ncompile", _compiled),
+        Provider("onnxruntime", "ONNX\nRuntime", _onnxruntime,
+                 modes=("inference",), packages=("onnx", "onnxruntime")),
+        Provider("openvino", "Open-\nVINO", _openvino,
+                 modes=("inference",), packages=("onnx", "openvino")),
+        Provider("limit", "memory\nlimit", _limit),
     )
 }  # fmt: skip

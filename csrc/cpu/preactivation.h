@@ -84,13 +84,14 @@ struct Worker {
     if (p.g) load_tile<T>(p.g, flat, n, v0, v1, input + p.rows_x() * ld, ld);
   }
 
-  // What load_input will read for the voxels [v0, v1), to be fetched during the panels of a tile of `len` voxels.
+  // What the voxels [v0, v1) will read, to be fetched during the panels of a tile of `len` voxels.
   Ahead next_tile(int64_t n, int64_t v0, int64_t v1, int64_t len) const {
     Ahead ahead;
+    if (p.dy && p.same_grid()) ahead.add<T>(p.dy, flat, n, v0, v1);
     if (p.uses_x()) ahead.add<T>(p.x, patches, n, v0, v1);
     if (p.g) ahead.add<T>(p.g, flat, n, v0, v1);
     const int64_t panels = (len + kCols * kLanes<A> - 1) / (kCols * kLanes<A>);
-    ahead.over(panels * ((p.inter + kRows - 1) / kRows) * ((p.depth() + kStep - 1) / kStep));
+    ahead.over(panels * ((p.inter + kRows - 1) / kRows) * (p.project ? (p.depth() + kStep - 1) / kStep : 1));
     return ahead;
   }
 
@@ -129,6 +130,8 @@ struct Worker {
         multiply<A, NV>(w + k * kBlock<A>, x + k * ld, ld, smaller(kStep, depth - k), acc);
         ahead.fetch();
       }
+    } else {
+      ahead.fetch();
     }
     if (has_given)
 #pragma GCC unroll 8

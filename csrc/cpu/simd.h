@@ -158,7 +158,7 @@ inline void transpose(const A* src, int64_t lds, int64_t rows, int64_t cols, A* 
     for (; c < cols; ++c)
       for (int i = 0; i < n; ++i) dst[c * ldd + r + i] = src[(r + i) * lds + c];
   }
-  for (; r < rows; ++r)
+  for (r = rows - rows % n; r < rows; ++r)
     for (int64_t c = 0; c < cols; ++c) dst[c * ldd + r] = src[r * lds + c];
 }
 

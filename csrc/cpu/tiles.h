@@ -47,11 +47,12 @@ inline Patches same_row_patches(const Grid& grid) { return {grid, grid, Grid(), 
 // whose tap 0 lies at voxel `offset` of the map, the next at offset + stride.w, ...
 template <class F>
 inline void for_row_pieces(const Patches& p, int64_t v0, int64_t v1, F&& f) {
-  for (int64_t v = v0; v < v1;) {
-    int64_t w = v % p.coarse.w, row = v / p.coarse.w, h = row % p.coarse.h, d = row / p.coarse.h;
-    int64_t count = smaller(p.coarse.w - w, v1 - v);
+  int64_t w = v0 % p.coarse.w, row = v0 / p.coarse.w, h = row % p.coarse.h, d = row / p.coarse.h;
+  for (int64_t v = v0; v < v1; w = 0) {
+    const int64_t count = smaller(p.coarse.w - w, v1 - v);
     f(v - v0, count, ((d * p.stride.d) * p.map.h + h * p.stride.h) * p.map.w + w * p.stride.w);
     v += count;
+    if (++h == p.coarse.h) h = 0, ++d;
   }
 }
 template <class F>
@@ -77,6 +78,32 @@ inline void load_strided(const T* src, int64_t stride, A* dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = to_acc(src[i * stride]);
 }
 
+// even[i] = src[2 * i], odd[i] = src[2 * i + 1]
+template <class A, size_t... L>
+inline void split_pairs(const A* src, A* even, A* odd, int64_t n, std::index_sequence<L...>) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) {
+    const Vec<A> a = load(src + 2 * i), b = load(src + 2 * i + kLanes<A>);
+    store(even + i, __builtin_shufflevector(a, b, int(2 * L)...));
+    store(odd + i, __builtin_shufflevector(a, b, int(2 * L + 1)...));
+  }
+  for (; i < n; ++i) even[i] = src[2 * i], odd[i] = src[2 * i + 1];
+}
+// dst[2 * i] += even[i], dst[2 * i + 1] += odd[i]
+template <class A, size_t... L>
+inline void add_pairs(const A* even, const A* odd, A* dst, int64_t n, std::index_sequence<L...>) {
+  constexpr int half = kLanes<A> / 2;
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) {
+    const Vec<A> a = load(even + i), b = load(odd + i);
+    A* to = dst + 2 * i;
+    store(to, load(to) + __builtin_shufflevector(a, b, int(L / 2 + (L & 1) * kLanes<A>)...));
+    to += kLanes<A>;
+    store(to, load(to) + __builtin_shufflevector(a, b, int(half + L / 2 + (L & 1) * kLanes<A>)...));
+  }
+  for (; i < n; ++i) dst[2 * i] += even[i], dst[2 * i + 1] += odd[i];
+}
+
 // rows[(c * taps + tap) * ld + i] = map[c, patch of voxel v0 + i, tap]; zeros up to the next whole vector.
 template <class T, class A>
 void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, A* rows, int64_t ld) {
@@ -85,6 +112,19 @@ void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1
   if (padded > len)
     for (int64_t r = 0; r < m.channels * taps; ++r)
       for (int64_t i = len; i < padded; ++i) rows[r * ld + i] = A(0);
+  if constexpr (std::is_same_v<T, A>) {
+    if (!m.channels_last && p.kernel.w == 2 && p.stride.w == 2) {
+      for (int64_t c = 0; c < m.channels; ++c)
+        for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
+          for_taps(p, [&](int64_t tap, int64_t step) {
+            if (tap % 2) return;
+            A* even = rows + (c * taps + tap) * ld + first;
+            split_pairs(base + c * voxels + offset + step, even, even + ld, count, std::make_index_sequence<kLanes<A>>{});
+          });
+        });
+      return;
+    }
+  }
   if (!m.channels_last) {
     for (int64_t c = 0; c < m.channels; ++c)
       for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
@@ -132,6 +172,19 @@ template <bool Add, class T, class A>
 void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, const A* rows, int64_t ld) {
   const int64_t taps = p.kernel.voxels(), voxels = m.grid.voxels();
   T* base = sample_of<T>(m, n);
+  if constexpr (std::is_same_v<T, A> && Add) {
+    if (!m.channels_last && p.kernel.w == 2 && p.stride.w == 2) {
+      for (int64_t c = 0; c < m.channels; ++c)
+        for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
+          for_taps(p, [&](int64_t tap, int64_t step) {
+            if (tap % 2) return;
+            const A* even = rows + (c * taps + tap) * ld + first;
+            add_pairs(even, even + ld, base + c * voxels + offset + step, count, std::make_index_sequence<kLanes<A>>{});
+          });
+        });
+      return;
+    }
+  }
   if (!m.channels_last) {
     for (int64_t c = 0; c < m.channels; ++c)
       for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {

@@ -1,0 +1,178 @@
+"""The matrix that every backend is tested on (cases x operators x dtypes x layouts), and the one comparison.
+
+A result is right if its error against a float64 reference is at most twice that of eager PyTorch in the same
+dtype, plus a few ulp: `attn_gate.judge`. Another backend joins by its name in BACKENDS.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from attn_gate import backends, functional, reference
+from attn_gate.cases import GateCase, channels_last
+from attn_gate.judge import judge
+
+BACKENDS = tuple(name for name, usable, _ in backends.report() if usable and name != "eager")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_PATCHES = {"kernel": 2, "stride": 2}
+_NEAREST = {"phi_resize": "nearest", "alpha_resize": "nearest"}
+_ALIGNED = {"phi_resize": "align_corners", "alpha_resize": "align_corners"}
+
+# Beside attn_gate.cases.CASES: what no user needs to see.
+EDGES = (
+    GateCase("prime sizes", (13, 17), (5, 3), channels=7, gating=11, inter=13, **_PATCHES),
+    GateCase("one stride per axis", (9, 8), (3, 4), kernel=(3, 1), stride=(3, 2)),
+    GateCase("one stride per axis 3D", (4, 9, 8), (4, 3, 4), kernel=(1, 3, 2), stride=(1, 3, 2)),
+    GateCase("gaps between patches 3D", (7, 8, 9), (2, 3, 2), kernel=1, stride=(3, 2, 4)),
+    GateCase("one axis of one voxel", (1, 33), (1, 33), channels=3),
+    GateCase("the other axis of one voxel", (33, 1), (16, 1), kernel=(2, 1), stride=(2, 1)),
+    GateCase("one coarse voxel", (2, 3), (1, 1), kernel=(2, 3), stride=(2, 3)),
+    GateCase("one coarse voxel 3D", (2, 2, 2), (3, 2, 1), **_PATCHES),
+    GateCase("aligned corners onto one voxel", (2, 9), (3, 5), stride=2, **_ALIGNED),
+    GateCase("aligned corners from one voxel", (7, 8), (1, 1), stride=8, **_ALIGNED),
+    GateCase("nearest, g finer", (7, 9), (10, 13), stride=2, **_NEAREST),
+    GateCase("g much finer", (5, 4), (31, 27)),
+    GateCase("alpha from one voxel 3D", (5, 6, 7), (2, 2, 2), stride=7),
+    GateCase("batch of one", (9, 7), (4, 3), batch=1, **_PATCHES),
+    GateCase("batch of five, one sample less than a vector", (1, 3), (1, 3), batch=5),
+    GateCase("as many channels as a vector", (6, 9), (6, 9), channels=16, gating=16, inter=16),
+    GateCase("one channel more than a vector", (6, 9), (3, 5), channels=17, gating=33, inter=17),
+    GateCase("many inner channels", (4, 5), (4, 5), channels=3, gating=2, inter=70),
+    GateCase("many input channels", (4, 6), (2, 3), channels=130, gating=97, inter=9, **_PATCHES),
+    GateCase("gelu, resized", (9, 10), (4, 5), activation="gelu", **_PATCHES),
+    GateCase("leaky relu, resized", (9, 10), (3, 4), activation="leaky_relu", stride=2),
+    GateCase("softplus 3D", (4, 5, 6), (4, 5, 6), activation="softplus"),
+    GateCase("no bias, resized", (8, 9), (3, 4), bias=False, psi_bias=False, **_PATCHES),
+)
+
+# Several tiles in a row and in a sample, several groups of partial sums, several bands (more than 2 MiB of x
+# on two grids); rows longer and shorter than a tile.
+LARGE = (
+    GateCase("large, one grid", (67, 129), (67, 129), channels=24, gating=20, inter=12),
+    GateCase("large, patches", (190, 202), (95, 101), channels=20, gating=8, inter=5, **_PATCHES),
+    GateCase("large, g coarser", (151, 170), (38, 42), channels=24, gating=9, inter=6),
+    GateCase("large, nearest", (200, 175), (50, 44), channels=20, inter=4, stride=4, **_NEAREST),
+    GateCase("large, aligned corners", (131, 201), (33, 50), channels=24, inter=4, stride=3, **_ALIGNED),
+    GateCase("large, long rows", (6, 2500), (3, 1250), channels=40, inter=7, **_PATCHES),
+    GateCase("large, short rows", (2500, 6), (1250, 3), channels=40, inter=7, **_PATCHES),
+    GateCase("large 1D", (33001,), (16500,), channels=17, **_PATCHES),
+    GateCase("large 3D", (37, 42, 46), (18, 21, 23), channels=9, gating=7, inter=5, **_PATCHES),
+    GateCase("large 3D, one grid", (13, 24, 30), (13, 24, 30), channels=9, gating=7, inter=5),
+)
+
+
+def _offset(t: Tensor) -> Tensor:
+    """The same strides in memory that starts one element behind an aligned address."""
+    buffer = t.new_empty(t.numel() + 1)
+    return buffer[1:].as_strided(t.shape, t.stride()).copy_(t)
+
+
+def _gaps(t: Tensor) -> Tensor:
+    """Every second element of larger memory, axes in another order: neither contiguous nor channels last."""
+    buffer = t.new_empty([2 * n for n in reversed(t.shape)])
+    return buffer[(slice(None, None, 2),) * t.ndim].permute(*reversed(range(t.ndim))).copy_(t)
+
+
+def _identity(t: Tensor) -> Tensor:
+    return t
+
+
+def _offset_channels_last(t: Tensor) -> Tensor:
+    return _offset(channels_last(t))
+
+
+# For each layout how these lie in memory: x and theta; g, phi and alpha; gradients of outputs; parameters.
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "contiguous": (_identity, _identity, _identity, _identity),
+    "channels last": (channels_last, channels_last, channels_last, _identity),
+    "x channels last": (channels_last, _identity, _identity, _identity),
+    "g channels last": (_identity, channels_last, channels_last, _identity),
+    "odd offsets": (_offset, _offset, _offset, _offset),
+    "odd offsets, channels last": (_offset_channels_last,) * 3 + (_offset,),
+    "gaps": (_gaps, _gaps, _gaps, _gaps),
+}
+_ROLES = {"x": 0, "theta": 0, "g": 1, "phi": 1, "alpha": 1}
+
+
+def compare(
+    case: GateCase,
+    operator: str,
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    *,
+    backend: str = "cpu",
+    seed: int = 0,
+    **options: object,
+) -> None:
+    """Forward and all gradients of one case: fails with the names and errors of wrong results."""
+    tensors, eager, exact = _expected(case, operator, dtype, seed, "cpu" if backend == "cpu" else "cuda")
+    arrange = LAYOUTS[layout]
+    arranged = {name: t if t is None else arrange[_ROLES.get(name, 3)](t) for name, t in tensors.items()}
+    options = {**case.options(operator), **options}
+    found = results(getattr(functional, operator), arranged, seed, arrange[2], backend=backend, **options)
+    wrong = [
+        f"{result.name}: error {result.error:.2g}, allowed {result.tolerance:.2g}"
+        for result in judge(found, eager, exact, dtype)
+        if not result.ok
+    ]
+    assert not wrong, f"{operator}, {case.name!r}, {dtype}, {layout}, {options}: " + "; ".join(wrong)
+    if "y" in found:
+        assert found["y"].dtype == dtype
+        x = arranged["x"]
+        assert found["y"].stride() == torch.empty_like(x, memory_format=_format(x)).stride()
+
+
+@functools.lru_cache(maxsize=2)
+def _expected(case: GateCase, operator: str, dtype: torch.dtype, seed: int, device: str) -> tuple[dict, ...]:
+    """Inputs, and what eager PyTorch makes of them in this dtype and in float64."""
+    twin, options = getattr(reference, operator), case.options(operator)
+    tensors = case.inputs(operator, dtype, seed=seed, device=device)
+    doubles = {name: None if t is None else t.double() for name, t in tensors.items()}
+    return tensors, results(twin, tensors, seed, **options), results(twin, doubles, seed, **options)
+
+
+def results(
+    function: Callable,
+    tensors: dict[str, Tensor | None],
+    seed: int = 0,
+    arrange_dy: Callable[[Tensor], Tensor] = _identity,
+    **options: object,
+) -> dict[str, Tensor]:
+    """Outputs by name and, as "d NAME", the gradients of all tensors for random gradients of the outputs."""
+    leaves = {name: t if t is None else t.detach().requires_grad_() for name, t in tensors.items()}
+    outputs = function(**leaves, **options)
+    if not isinstance(outputs, tuple):
+        outputs = (outputs,)
+    names = ("y", "alpha") if "x" in tensors and not function.__name__.endswith("logits") else ("logits",)
+    outputs = dict(zip(names, outputs, strict=False))
+    generator = torch.Generator().manual_seed(seed)
+    slopes = []
+    for output in outputs.values():
+        # Numbers that are exact in every dtype, so that all calls get the same.
+        slope = torch.randint(-16, 17, output.shape, generator=generator) / 8
+        slopes.append(arrange_dy(slope.to(output.device, output.dtype)))
+    wanted = {name: t for name, t in leaves.items() if t is not None}
+    gradients = torch.autograd.grad(list(outputs.values()), list(wanted.values()), slopes)
+    return {**outputs, **{f"d {name}": g for name, g in zip(wanted, gradients, strict=True)}}
+
+
+def recomputes(operator: str) -> Iterator[dict[str, bool]]:
+    """The ways to call an operator that must not change its results."""
+    if operator.startswith("attention"):
+        yield from ({"recompute": True}, {"recompute": False})
+    else:
+        yield {}
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    """The layout that results have: x's where it is native, contiguous for all others."""
+    if x.ndim == 3 or x.is_contiguous():
+        native = not x.is_contiguous() and x.mT.is_contiguous()
+        return torch.preserve_format if native else torch.contiguous_format
+    last = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
