@@ -85,9 +85,9 @@ def check_alpha(alpha: Any, x: Tensor) -> None:
 
 
 def check_resizable(name: str, t: Tensor, size: Sequence[int]) -> None:
-    """No map without voxels where voxels are needed."""
-    if 0 in t.shape[2:] and 0 not in size:
-        raise ValueError(f"{name} has no voxels (shape {list(t.shape)}): it can't be resized to {list(size)}")
+    """Both grids have voxels, or neither has."""
+    if (0 in t.shape[2:]) != (0 in size):
+        raise ValueError(f"{name} can't be resized from grid {list(t.shape[2:])} to {list(size)}")
 
 
 def check_parameter(name: str, t: Any, shape: Sequence[int], x: Tensor) -> None:

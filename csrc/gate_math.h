@@ -29,14 +29,11 @@ ATTN_GATE_HD A sigmoid(A z) {
 template <class A>
 ATTN_GATE_HD A activate(Activation kind, A s) {
   switch (kind) {
-    case Activation::relu:
-      return s <= A(0) ? A(0) : s;
-    case Activation::leaky_relu:
-      return s <= A(0) ? A(kLeakySlope) * s : s;
+    case Activation::relu: return s <= A(0) ? A(0) : s;
+    case Activation::leaky_relu: return s <= A(0) ? A(kLeakySlope) * s : s;
     case Activation::softplus:  // PyTorch's threshold of 20 only avoids overflow; this form has none
       return (s > A(0) ? s : A(0)) + std::log1p(std::exp(-std::fabs(s)));
-    case Activation::silu:
-      return s * sigmoid(s);
+    case Activation::silu: return s * sigmoid(s);
     default:  // gelu, exact
       return A(0.5) * s * (A(1) + std::erf(s * A(0.70710678118654752440)));
   }
@@ -45,12 +42,9 @@ ATTN_GATE_HD A activate(Activation kind, A s) {
 template <class A>
 ATTN_GATE_HD A activate_grad(Activation kind, A s) {
   switch (kind) {
-    case Activation::relu:
-      return s <= A(0) ? A(0) : A(1);
-    case Activation::leaky_relu:
-      return s <= A(0) ? A(kLeakySlope) : A(1);
-    case Activation::softplus:
-      return sigmoid(s);
+    case Activation::relu: return s <= A(0) ? A(0) : A(1);
+    case Activation::leaky_relu: return s <= A(0) ? A(kLeakySlope) : A(1);
+    case Activation::softplus: return sigmoid(s);
     case Activation::silu: {
       A a = sigmoid(s);
       return a * (A(1) + s * (A(1) - a));

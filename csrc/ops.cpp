@@ -1,13 +1,16 @@
-// The operators' schemas, for every backend. Maps are 2D or 3D (Python lifts 1D to 2D). Parameters, alpha, logits and
-// their gradients are in the accumulation dtype: float32, or float64 for float64 maps.
+// The operators' schemas, for every backend. Maps are 2D or 3D (Python lifts 1D to 2D). Parameters, alpha,
+// logits and their gradients are in the accumulation dtype: float32, or float64 for float64 maps.
 //
 //   gate             y = x * resize(alpha), alpha = sigmoid(psi . activation(theta + resize(phi)) + psi_bias)
-//   attention_gate   the same, with theta = theta_weight * x (patches) and phi = phi_weight * g made on the way;
-//                    `store` keeps the pre-activation for backward, else backward recomputes it (preact is empty)
+//   attention_gate   the same, with theta = theta_weight * x (patches) and phi = phi_weight * g made on the
+//   way;
+//                    `store` keeps the pre-activation for backward, else backward recomputes it (preact is
+//                    empty)
 //   *_logits         up to psi . activation(...) + psi_bias
 //   gate_apply       y = x * resize(alpha)
 //
-// *_bwd: gradients of everything that `needs` (a bit for each of the returned tensors) asks for; others come empty.
+// *_bwd: gradients of everything that `needs` (a bit for each of the returned tensors) asks for; others come
+// empty.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/problem.h"
@@ -17,32 +20,44 @@ std::string cpu_isa() { return attn_gate::cpu::kernels().name; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(attn_gate, m) {
-  m.def("gate_fwd(Tensor x, Tensor theta, Tensor? phi, Tensor psi_weight, Tensor? psi_bias, str phi_resize, "
-        "str alpha_resize, str activation) -> (Tensor y, Tensor alpha)");
-  m.def("gate_bwd(Tensor? dy, Tensor? dalpha, Tensor x, Tensor theta, Tensor? phi, Tensor psi_weight, Tensor alpha, "
-        "str phi_resize, str alpha_resize, str activation, int needs) "
-        "-> (Tensor dx, Tensor dtheta, Tensor dphi, Tensor dpsi_weight, Tensor dpsi_bias)");
-  m.def("gate_logits_fwd(Tensor theta, Tensor? phi, Tensor psi_weight, Tensor? psi_bias, str phi_resize, "
-        "str activation) -> Tensor logits");
-  m.def("gate_logits_bwd(Tensor dlogits, Tensor theta, Tensor? phi, Tensor psi_weight, str phi_resize, "
-        "str activation, int needs) -> (Tensor dtheta, Tensor dphi, Tensor dpsi_weight, Tensor dpsi_bias)");
-  m.def("attention_gate_fwd(Tensor x, Tensor g, Tensor theta_weight, Tensor phi_weight, Tensor? bias, "
-        "Tensor psi_weight, Tensor? psi_bias, int[] stride, str phi_resize, str alpha_resize, str activation, "
-        "bool store) -> (Tensor y, Tensor alpha, Tensor preact)");
-  m.def("attention_gate_bwd(Tensor? dy, Tensor? dalpha, Tensor x, Tensor g, Tensor theta_weight, Tensor phi_weight, "
-        "Tensor? bias, Tensor psi_weight, Tensor alpha, Tensor preact, int[] stride, str phi_resize, "
-        "str alpha_resize, str activation, int needs) -> (Tensor dx, Tensor dg, Tensor dtheta_weight, "
-        "Tensor dphi_weight, Tensor dbias, Tensor dpsi_weight, Tensor dpsi_bias)");
-  m.def("attention_logits_fwd(Tensor x, Tensor g, Tensor theta_weight, Tensor phi_weight, Tensor? bias, "
-        "Tensor psi_weight, Tensor? psi_bias, int[] stride, str phi_resize, str activation, bool store) "
-        "-> (Tensor logits, Tensor preact)");
-  m.def("attention_logits_bwd(Tensor dlogits, Tensor x, Tensor g, Tensor theta_weight, Tensor phi_weight, "
-        "Tensor? bias, Tensor psi_weight, Tensor preact, int[] stride, str phi_resize, str activation, int needs) "
-        "-> (Tensor dx, Tensor dg, Tensor dtheta_weight, Tensor dphi_weight, Tensor dbias, Tensor dpsi_weight, "
-        "Tensor dpsi_bias)");
+  m.def(
+      "gate_fwd(Tensor x, Tensor theta, Tensor? phi, Tensor psi_weight, Tensor? psi_bias, str phi_resize, "
+      "str alpha_resize, str activation) -> (Tensor y, Tensor alpha)");
+  m.def(
+      "gate_bwd(Tensor? dy, Tensor? dalpha, Tensor x, Tensor theta, Tensor? phi, Tensor psi_weight, Tensor "
+      "alpha, "
+      "str phi_resize, str alpha_resize, str activation, int needs) "
+      "-> (Tensor dx, Tensor dtheta, Tensor dphi, Tensor dpsi_weight, Tensor dpsi_bias)");
+  m.def(
+      "gate_logits_fwd(Tensor theta, Tensor? phi, Tensor psi_weight, Tensor? psi_bias, str phi_resize, "
+      "str activation) -> Tensor logits");
+  m.def(
+      "gate_logits_bwd(Tensor dlogits, Tensor theta, Tensor? phi, Tensor psi_weight, str phi_resize, "
+      "str activation, int needs) -> (Tensor dtheta, Tensor dphi, Tensor dpsi_weight, Tensor dpsi_bias)");
+  m.def(
+      "attention_gate_fwd(Tensor x, Tensor g, Tensor theta_weight, Tensor phi_weight, Tensor? bias, "
+      "Tensor psi_weight, Tensor? psi_bias, int[] stride, str phi_resize, str alpha_resize, str activation, "
+      "bool store) -> (Tensor y, Tensor alpha, Tensor preact)");
+  m.def(
+      "attention_gate_bwd(Tensor? dy, Tensor? dalpha, Tensor x, Tensor g, Tensor theta_weight, Tensor "
+      "phi_weight, "
+      "Tensor? bias, Tensor psi_weight, Tensor alpha, Tensor preact, int[] stride, str phi_resize, "
+      "str alpha_resize, str activation, int needs) -> (Tensor dx, Tensor dg, Tensor dtheta_weight, "
+      "Tensor dphi_weight, Tensor dbias, Tensor dpsi_weight, Tensor dpsi_bias)");
+  m.def(
+      "attention_logits_fwd(Tensor x, Tensor g, Tensor theta_weight, Tensor phi_weight, Tensor? bias, "
+      "Tensor psi_weight, Tensor? psi_bias, int[] stride, str phi_resize, str activation, bool store) "
+      "-> (Tensor logits, Tensor preact)");
+  m.def(
+      "attention_logits_bwd(Tensor dlogits, Tensor x, Tensor g, Tensor theta_weight, Tensor phi_weight, "
+      "Tensor? bias, Tensor psi_weight, Tensor preact, int[] stride, str phi_resize, str activation, int "
+      "needs) "
+      "-> (Tensor dx, Tensor dg, Tensor dtheta_weight, Tensor dphi_weight, Tensor dbias, Tensor dpsi_weight, "
+      "Tensor dpsi_bias)");
   m.def("gate_apply_fwd(Tensor x, Tensor alpha, str alpha_resize) -> Tensor y");
-  m.def("gate_apply_bwd(Tensor dy, Tensor x, Tensor alpha, str alpha_resize, int needs) "
-        "-> (Tensor dx, Tensor dalpha)");
+  m.def(
+      "gate_apply_bwd(Tensor dy, Tensor x, Tensor alpha, str alpha_resize, int needs) "
+      "-> (Tensor dx, Tensor dalpha)");
   m.def("cpu_isa() -> str");
 }
 

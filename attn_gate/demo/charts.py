@@ -113,18 +113,23 @@ def locked_error(results: Results, theme: Theme) -> Figure:
     """(b) loss and gradient error of the fused network at the eager run's weights."""
     figure, axes = _panel("b  float32, step-locked: relative error", "step")
     locked = results.locked
-    axes.semilogy(locked.gradient_error, color=theme.fused, lw=0.9, label="gradient, fused against eager")
-    smallest = np.finfo(np.float32).eps / 8
+    axes.semilogy(locked.gradient_error, color=theme.fused, lw=0.9, label="gradient, fused to eager")
+    smallest = np.finfo(np.float32).eps / 8  # a logarithmic axis has no zero
     loss = np.maximum(locked.loss_error, smallest)
-    axes.semilogy(loss, color=theme.floor, alpha=0.6, lw=0.8, label="loss, fused against eager")
-    steps = list(locked.eager_error)
-    axes.semilogy(steps, list(locked.eager_error.values()), "o", ms=4.5, mfc="none", color=theme.eager,
-                  label="gradient, eager against float64")  # fmt: skip
-    axes.semilogy(steps, list(locked.fused_error.values()), "x", ms=4.5, color=theme.fused,
-                  label="gradient, fused against float64")  # fmt: skip
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high * 60)  # room for the legend
-    axes.legend(loc="upper left")
+    axes.semilogy(loss, color=theme.floor, alpha=0.6, lw=0.8, label="loss, fused to eager")
+    for program, marker, size in (("eager", "o", 6), ("fused", "x", 4)):
+        errors = getattr(locked, f"{program}_error")
+        axes.semilogy(
+            list(errors),
+            list(errors.values()),
+            ls="",
+            marker=marker,
+            ms=size,
+            mfc="none",
+            color=getattr(theme, program),
+            label=f"gradient, {program} to float64",
+        )
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, columnspacing=1.2, handletextpad=0.5)
     return figure
 
 
@@ -181,7 +186,7 @@ def _bars(title: str, unit: str, gates: Groups, network: Groups, theme: Theme) -
             )
             axes.bar_label(bars, [f"{v:.3g}" if v < 100 else f"{v:.0f}" for v in values], padding=2, size=8.5)
         axes.set_title(f"{name}, {unit}", size=9.5, weight="normal", color=theme.faint)
-        axes.set_xticks(range(len(groups)), list(groups))
+        axes.set_xticks(range(len(groups)), [group.replace(" ", "\n") for group in groups])
         axes.set_xlim(-0.6 if len(groups) > 1 else -0.9, len(groups) - (0.4 if len(groups) > 1 else 0.1))
         axes.margins(y=0.12)
         axes.grid(axis="x", visible=False)

@@ -1,21 +1,23 @@
 // Backward. Bytes that must move on one grid: x, g and dy read once, dx and dg written once.
 //
 //   d_alpha = resize^T(sum_c dy * x)         d_logit = d_alpha * alpha * (1 - alpha)
-//   ds      = d_logit * psi * activation'(s) with s recomputed tile by tile (or read, where forward stored it)
-//   dx      = dy * resize(alpha) + W_theta^T ds      dg = W_phi^T ds      dW = ds [x; g]^T
-//   dbias   = sum ds      dpsi = sum d_logit * q      db = sum d_logit
+//   ds      = d_logit * psi * activation'(s) with s recomputed tile by tile (or read, where forward stored
+//   it) dx      = dy * resize(alpha) + W_theta^T ds      dg = W_phi^T ds      dW = ds [x; g]^T dbias   = sum
+//   ds      dpsi = sum d_logit * q      db = sum d_logit
 //
-// Parameter gradients are summed per group of tiles; the groups depend on the problem alone, never on the number of
-// threads, and are added in order: the same bits from run to run.
+// Parameter gradients are summed per group of tiles; the groups depend on the problem alone, never on the
+// number of threads, and are added in order: the same bits from run to run.
 #pragma once
 #include "forward.h"
 
 namespace attn_gate::cpu {
 namespace {
 
-constexpr int kPanel = 48;   // rows of the input a weight gradient panel covers: a multiple of kCols * lanes everywhere
+constexpr int kPanel =
+    48;  // rows of the input a weight gradient panel covers: a multiple of kCols * lanes everywhere
 
-// dx or dg rows [k0, k0 + rows) of the tile: out[k][v] = init + (W^T ds)[k][v]. `out` may hold the initial value.
+// dx or dg rows [k0, k0 + rows) of the tile: out[k][v] = init + (W^T ds)[k][v]. `out` may hold the initial
+// value.
 template <bool Init, class T, class A>
 void project_back(const Worker<T>& work, const A* ds, int64_t k0, int64_t rows, int64_t len, A* out) {
   const int64_t ld = work.ld, I = work.p.inter;
@@ -24,7 +26,8 @@ void project_back(const Worker<T>& work, const A* ds, int64_t k0, int64_t rows, 
     for (int64_t k = 0; k < rows; k += kRows) {
       const int some = int(smaller(kRows, rows - k));
       Vec<A> acc[kRows][NV] = {};
-      // Rows of W^T lie in blocks counted from row 0 of [x; g]; a block boundary inside these rows splits the product.
+      // Rows of W^T lie in blocks counted from row 0 of [x; g]; a block boundary inside these rows splits the
+      // product.
       const int64_t row = k0 + k, block = row / kBlock<A> * kBlock<A>;
       if (row - block + kRows <= kBlock<A>) {
         multiply<A, NV>(work.packed.backward + block * I + (row - block), ds + at, ld, I, acc);
@@ -47,10 +50,12 @@ void project_back(const Worker<T>& work, const A* ds, int64_t k0, int64_t rows, 
 }
 
 template <class T>
-void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64_t n, int64_t v0, int64_t v1) {
+void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64_t n, int64_t v0,
+                    int64_t v1) {
   using A = Acc<T>;
   Worker<T> work(p, layout, true);
-  const int64_t ld = work.ld, voxels = p.coarse.voxels(), C = p.x.channels, I = p.inter, Ip = work.packed.inter, K = p.depth();
+  const int64_t ld = work.ld, voxels = p.coarse.voxels(), C = p.x.channels, I = p.inter,
+                Ip = work.packed.inter, K = p.depth();
   const bool same = p.same_grid(), apply = bool(p.dy);
   const bool x_in_tile = p.uses_x();
   std::optional<Resizer<A>> alpha_resize;
@@ -102,7 +107,8 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64
         const A* dfine = static_cast<const A*>(p.dfine) + n * p.fine.voxels();
         for_row_pieces(same_row_patches(p.coarse), v, end, [&](int64_t first, int64_t count, int64_t offset) {
           const int64_t w0 = offset % p.coarse.w, row = offset / p.coarse.w;
-          alpha_resize->adjoint_row(dfine, row / p.coarse.h, row % p.coarse.h, w0, w0 + count, static_cast<A*>(piece), static_cast<A*>(line));
+          alpha_resize->adjoint_row(dfine, row / p.coarse.h, row % p.coarse.h, w0, w0 + count,
+                                    static_cast<A*>(piece), static_cast<A*>(line));
           for (int64_t i = 0; i < count; ++i) dlogit[first + i] += piece[i];
         });
       }
@@ -120,7 +126,8 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64
         work.template preactivation<NV>(i, at, acc, ahead);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          Vec<A> bias_sum = load(bias_sums + (i + r) * kLanes<A>), psi_sum = load(psi_sums + (i + r) * kLanes<A>);
+          Vec<A> bias_sum = load(bias_sums + (i + r) * kLanes<A>),
+                 psi_sum = load(psi_sums + (i + r) * kLanes<A>);
 #pragma GCC unroll 3
           for (int j = 0; j < NV; ++j) {
             const Vec<A> d = load(dlogit + at + j * kLanes<A>);
@@ -138,7 +145,8 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64
 
     // dW += ds [x; g]^T, both operands turned so that the voxels are the depth of the product
     if (weights) {
-      for (int64_t i = 0; i < Ip; i += kBlock<A>) transpose(ds + i * ld, ld, kBlock<A>, len, ds_t + i * ld, kBlock<A>);
+      for (int64_t i = 0; i < Ip; i += kBlock<A>)
+        transpose(ds + i * ld, ld, kBlock<A>, len, ds_t + i * ld, kBlock<A>);
       for (int64_t k = 0; k < K; k += kPanel) {
         const int64_t rows = smaller(kPanel, K - k);
         transpose(work.input + k * ld, ld, rows, len, static_cast<A*>(panel), kPanel);
@@ -173,7 +181,7 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64
       if (apply && same) {
         if (p.uses_x()) project_back<true>(work, static_cast<const A*>(ds), 0, C, len, static_cast<A*>(dy));
         store_tile<false, T>(p.dx, work.flat, n, v, end, static_cast<const A*>(dy), ld);
-      } else if (p.uses_x()) {           // onto dy * resize(alpha), or onto zeros, that is there already
+      } else if (p.uses_x()) {  // onto dy * resize(alpha), or onto zeros, that is there already
         project_back<false>(work, static_cast<const A*>(ds), 0, p.rows_x(), len, static_cast<A*>(work.input));
         store_tile<true, T>(p.dx, work.patches, n, v, end, static_cast<const A*>(work.input), ld);
       }
@@ -243,7 +251,8 @@ void gather_dalpha_voxels(const Problem& p, int64_t n, int64_t v0, int64_t v1) {
   A* out = static_cast<A*>(p.dalpha_out) + n * p.coarse.voxels() + v0;
   for_row_pieces(same_row_patches(p.coarse), v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
     const int64_t w0 = offset % p.coarse.w, row = offset / p.coarse.w;
-    resize.adjoint_row(dfine, row / p.coarse.h, row % p.coarse.h, w0, w0 + count, out + first, static_cast<A*>(line));
+    resize.adjoint_row(dfine, row / p.coarse.h, row % p.coarse.h, w0, w0 + count, out + first,
+                       static_cast<A*>(line));
   });
 }
 
@@ -272,7 +281,8 @@ void gather_dphi_rows(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
       for (int64_t a = resize.d.start[d]; a < resize.d.start[d + 1]; ++a)
         for (int64_t b = resize.h.start[h]; b < resize.h.start[h + 1]; ++b)
           for (int64_t e = resize.w.start[w]; e < resize.w.start[w + 1]; ++e) {
-            const int64_t voxel = (resize.d.index[a] * p.coarse.h + resize.h.index[b]) * p.coarse.w + resize.w.index[e];
+            const int64_t voxel =
+                (resize.d.index[a] * p.coarse.h + resize.h.index[b]) * p.coarse.w + resize.w.index[e];
             const A weight = resize.d.weight[a] * resize.h.weight[b] * resize.w.weight[e];
             for (int64_t c = 0; c < I; ++c) mixed[c] += weight * to_acc(from[c * fc + voxel * fv]);
           }

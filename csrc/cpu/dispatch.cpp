@@ -1,5 +1,5 @@
-// Picks the instruction set once, at first use. ATEN_CPU_CAPABILITY (default, avx2, avx512), which PyTorch itself
-// honours, forces a lower one.
+// Picks the instruction set once, at first use. ATEN_CPU_CAPABILITY (default, avx2, avx512), which PyTorch
+// itself honours, forces a lower one.
 #include <cstdlib>
 #include <cstring>
 
@@ -14,7 +14,8 @@ const Kernels& pick() {
   const bool at_most_default = wanted && !std::strcmp(wanted, "default");
   const bool at_most_avx2 = at_most_default || (wanted && !std::strcmp(wanted, "avx2"));
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && !at_most_avx2) return kernels_avx512;

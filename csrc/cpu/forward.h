@@ -1,9 +1,10 @@
 // Forward. Bytes that must move on one grid: x and g read once, y written once, alpha written (1 channel).
 //
-// A tile is a run of coarse voxels with all channels, held in cache. Registers hold kRows inter channels x kCols
-// vectors of voxels; psi's dot product is taken from them, so neither theta, phi nor q ever reaches memory. On one
-// grid y is written from the tile while it is in cache; otherwise alpha goes to memory (it is an output), and `apply`
-// multiplies the fine rows in a second phase that the schedule runs while x is still in the last-level cache.
+// A tile is a run of coarse voxels with all channels, held in cache. Registers hold kRows inter channels x
+// kCols vectors of voxels; psi's dot product is taken from them, so neither theta, phi nor q ever reaches
+// memory. On one grid y is written from the tile while it is in cache; otherwise alpha goes to memory (it is
+// an output), and `apply` multiplies the fine rows in a second phase that the schedule runs while x is still
+// in the last-level cache.
 #pragma once
 #include "preactivation.h"
 
@@ -17,7 +18,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
   const int64_t ld = work.ld, voxels = p.coarse.voxels();
   const A psi_bias = p.psi_bias ? *static_cast<const A*>(p.psi_bias) : A(0);
   const bool write_y = p.y && p.same_grid();
-  const bool x_in_tile = p.uses_x();          // on one grid the tile's first C rows are x itself
+  const bool x_in_tile = p.uses_x();  // on one grid the tile's first C rows are x itself
   Buffer<A> alpha(ld), own_x(write_y && !x_in_tile ? p.x.channels * ld : 0);
   A* x_rows = x_in_tile ? static_cast<A*>(work.input) : static_cast<A*>(own_x);
   for (int64_t v = v0; v < v1; v += ld) {
@@ -38,14 +39,15 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-          for (int j = 0; j < NV; ++j) logit[j] += work.packed.psi[i + r] * activate<A>(p.activation, acc[r][j]);
+          for (int j = 0; j < NV; ++j)
+            logit[j] += work.packed.psi[i + r] * activate<A>(p.activation, acc[r][j]);
       }
       for (int j = 0; j < NV; ++j) store(alpha + at + j * kLanes<A>, p.y ? sigmoid<A>(logit[j]) : logit[j]);
     });
     std::memcpy(static_cast<A*>(p.alpha) + n * voxels + v, alpha, size_t(len) * sizeof(A));
     if (p.preact) store_tile<false, T>(p.preact, work.flat, n, v, end, static_cast<const A*>(work.given), ld);
     if (!write_y) continue;
-    if (p.y.channels_last) {                 // the source's own rows, still in cache
+    if (p.y.channels_last) {  // the source's own rows, still in cache
       const int64_t C = p.x.channels;
       const T* from = sample_of<T>(p.x, n) + v * C;
       T* to = sample_of<T>(p.y, n) + v * C;
@@ -85,10 +87,12 @@ void apply_rows(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
     T* to = sample_of<T>(p.y, n);
     if (p.x.channels_last) {
       for (int64_t i = 0; i < len; ++i)
-        for (int64_t c = 0; c < C; ++c) to[(v + i) * C + c] = from_acc<T>(to_acc(from[(v + i) * C + c]) * up[i]);
+        for (int64_t c = 0; c < C; ++c)
+          to[(v + i) * C + c] = from_acc<T>(to_acc(from[(v + i) * C + c]) * up[i]);
     } else {
       for (int64_t c = 0; c < C; ++c)
-        for (int64_t i = 0; i < len; ++i) to[c * voxels + v + i] = from_acc<T>(to_acc(from[c * voxels + v + i]) * up[i]);
+        for (int64_t i = 0; i < len; ++i)
+          to[c * voxels + v + i] = from_acc<T>(to_acc(from[c * voxels + v + i]) * up[i]);
     }
   }
 }

@@ -1,5 +1,5 @@
-// The kernels of one instruction set: compiled once for each, with -DATTN_GATE_ISA=<name> and the matching -m flags.
-// All else has internal linkage, so that the linker can't pick one set's code for another.
+// The kernels of one instruction set: compiled once for each, with -DATTN_GATE_ISA=<name> and the matching -m
+// flags. All else has internal linkage, so that the linker can't pick one set's code for another.
 #include "backward.h"
 
 #define ATTN_GATE_JOIN_(a, b) a##b
@@ -23,7 +23,8 @@ void with_dtype(DType t, F&& f) {
 template <class A>
 Layout layout_of(const Problem& p, bool backward) {
   Layout l;
-  // Long rows make long runs of memory and deep weight-gradient products; the whole tile should stay in a core's L2.
+  // Long rows make long runs of memory and deep weight-gradient products; the whole tile should stay in a
+  // core's L2.
   const int64_t rows = p.depth() + p.x.channels + p.inter * (backward ? 2 : 1);
   const int64_t fits = (int64_t(1536) << 10) / int64_t(sizeof(A)) / (rows > 0 ? rows : 1);
   const int64_t most = fits < 96 ? 96 : fits > 384 ? 384 : fits, voxels = p.coarse.voxels();
@@ -45,7 +46,8 @@ Layout layout(const Problem& p, bool backward) {
 }
 
 void pack(const Problem& p, const Layout&, bool backward, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u) p.dtype == DType::f64 ? pack_unit<double>(p, backward, u) : pack_unit<float>(p, backward, u);
+  for (int64_t u = begin; u < end; ++u)
+    p.dtype == DType::f64 ? pack_unit<double>(p, backward, u) : pack_unit<float>(p, backward, u);
 }
 void forward(const Problem& p, const Layout& l, int64_t n, int64_t v0, int64_t v1) {
   with_dtype(p.dtype, [&](auto t) { forward_tiles<decltype(t)>(p, l, n, v0, v1); });
@@ -72,13 +74,22 @@ void reduce_groups(const Problem& p, const Layout& l, int64_t groups, int64_t be
     for (int64_t i = begin; i < end; ++i) sum[i] += sum[g * l.partial_elements + i];
 }
 void reduce(const Problem& p, const Layout& l, int64_t groups, int64_t begin, int64_t end) {
-  p.dtype == DType::f64 ? reduce_groups<double>(p, l, groups, begin, end) : reduce_groups<float>(p, l, groups, begin, end);
+  p.dtype == DType::f64 ? reduce_groups<double>(p, l, groups, begin, end)
+                        : reduce_groups<float>(p, l, groups, begin, end);
 }
 
 }  // namespace
 
 extern const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA);
-const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA) = {
-    ATTN_GATE_STRING(ATTN_GATE_ISA), layout, pack, forward, apply, apply_backward, backward, gather_dalpha, gather_dphi, reduce};
+const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA) = {ATTN_GATE_STRING(ATTN_GATE_ISA),
+                                                         layout,
+                                                         pack,
+                                                         forward,
+                                                         apply,
+                                                         apply_backward,
+                                                         backward,
+                                                         gather_dalpha,
+                                                         gather_dphi,
+                                                         reduce};
 
 }  // namespace attn_gate::cpu

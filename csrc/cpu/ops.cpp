@@ -53,7 +53,8 @@ Resize resize_of(const std::string& mode, const char* name) {
   if (mode == "nearest") return Resize::nearest;
   if (mode == "linear") return Resize::linear;
   if (mode == "align_corners") return Resize::align_corners;
-  STD_TORCH_CHECK(false, "attn_gate: ", name, " is \"linear\", \"nearest\" or \"align_corners\", got \"", mode, "\"");
+  STD_TORCH_CHECK(false, "attn_gate: ", name, " is \"linear\", \"nearest\" or \"align_corners\", got \"",
+                  mode, "\"");
   return Resize::linear;
 }
 
@@ -70,7 +71,8 @@ Activation activation_of(const std::string& name) {
 enum class Storage { contiguous, channels_last, other };
 Storage storage_of(const Tensor& t) {
   if (t.is_contiguous()) return Storage::contiguous;
-  int64_t stride = t.size(1);  // channels last: channels fastest, then the grid from its last axis on, batch slowest
+  int64_t stride =
+      t.size(1);  // channels last: channels fastest, then the grid from its last axis on, batch slowest
   if (t.size(1) != 1 && t.stride(1) != 1) return Storage::other;
   for (int64_t i = t.dim() - 1; i >= 2; --i) {
     if (t.size(i) != 1 && t.stride(i) != stride) return Storage::other;
@@ -81,11 +83,13 @@ Storage storage_of(const Tensor& t) {
 
 void check_map(const Tensor& t, const char* name, const Tensor& like) {
   STD_TORCH_CHECK(t.is_cpu(), "attn_gate: ", name, " is not a CPU tensor");
-  STD_TORCH_CHECK(t.dim() == 4 || t.dim() == 5, "attn_gate: ", name, " is [N, channels, H, W] or [N, channels, D, H, W], got ", shape_of(t));
-  STD_TORCH_CHECK(t.dim() == like.dim() && t.size(0) == like.size(0), "attn_gate: ", name, " has shape ", shape_of(t),
-                  ", which does not fit ", shape_of(like));
+  STD_TORCH_CHECK(t.dim() == 4 || t.dim() == 5, "attn_gate: ", name,
+                  " is [N, channels, H, W] or [N, channels, D, H, W], got ", shape_of(t));
+  STD_TORCH_CHECK(t.dim() == like.dim() && t.size(0) == like.size(0), "attn_gate: ", name, " has shape ",
+                  shape_of(t), ", which does not fit ", shape_of(like));
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), "attn_gate: ", name, " has dtype ",
-                  torch::headeronly::toString(t.scalar_type()), " where ", torch::headeronly::toString(like.scalar_type()), " is needed");
+                  torch::headeronly::toString(t.scalar_type()), " where ",
+                  torch::headeronly::toString(like.scalar_type()), " is needed");
 }
 
 Grid grid_of(const Tensor& t) {
@@ -103,7 +107,8 @@ void advise_huge_pages(void* data, size_t bytes) {
   constexpr size_t page = size_t(2) << 20;
   const size_t begin = (reinterpret_cast<size_t>(data) + page - 1) / page * page;
   const size_t end = (reinterpret_cast<size_t>(data) + bytes) / page * page;
-  if (end > begin && end - begin >= 2 * page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (end > begin && end - begin >= 2 * page)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data;
   (void)bytes;
@@ -115,8 +120,8 @@ Tensor new_map(const Tensor& like, int64_t channels, const Ints& grid) {
   Ints shape{like.size(0), channels};
   shape.insert(shape.end(), grid.begin(), grid.end());
   const auto format = storage_of(like) != Storage::channels_last ? MemoryFormat::Contiguous
-                      : like.dim() == 4                           ? MemoryFormat::ChannelsLast
-                                                                  : MemoryFormat::ChannelsLast3d;
+                      : like.dim() == 4                          ? MemoryFormat::ChannelsLast
+                                                                 : MemoryFormat::ChannelsLast3d;
   return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
 }
 
@@ -124,7 +129,8 @@ Tensor new_map(const Tensor& like, int64_t channels, const Ints& grid) {
 Tensor check_acc(const Tensor& t, const char* name, const Tensor& x, const Ints& shape) {
   STD_TORCH_CHECK(t.is_cpu(), "attn_gate: ", name, " is not a CPU tensor");
   STD_TORCH_CHECK(t.scalar_type() == acc_dtype(x), "attn_gate: ", name, " has dtype ",
-                  torch::headeronly::toString(t.scalar_type()), " where ", torch::headeronly::toString(acc_dtype(x)), " is needed");
+                  torch::headeronly::toString(t.scalar_type()), " where ",
+                  torch::headeronly::toString(acc_dtype(x)), " is needed");
   bool same = t.dim() == int64_t(shape.size());
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape[size_t(i)];
   std::string wanted;
@@ -143,7 +149,7 @@ Ints sizes_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end())
 struct Call {
   Problem p;
   Layout layout;
-  Tensor like;                 // x (or theta): dtype and device of all
+  Tensor like;  // x (or theta): dtype and device of all
   Tensor partial;
   std::vector<Tensor> held;
 
@@ -159,7 +165,8 @@ struct Call {
   }
   Map map_over(const Tensor& t, void* data) const {
     // Tensors without elements have no memory; a map that is there is not null all the same.
-    return {t.numel() ? data : const_cast<Call*>(this), t.size(1), grid_of(t), storage_of(t) == Storage::channels_last};
+    return {t.numel() ? data : const_cast<Call*>(this), t.size(1), grid_of(t),
+            storage_of(t) == Storage::channels_last};
   }
   // As it is where its layout is native, else a contiguous copy.
   Map input(const Tensor& t, const char* name) {
@@ -196,7 +203,8 @@ struct Call {
     p.phi_resize = resize_of(phi_resize, "phi_resize");
     if (!phi) return;
     p.phi = input(*phi, "phi");
-    STD_TORCH_CHECK(p.phi.channels == p.inter, "attn_gate: phi has ", p.phi.channels, " channels, theta has ", p.inter);
+    STD_TORCH_CHECK(p.phi.channels == p.inter, "attn_gate: phi has ", p.phi.channels, " channels, theta has ",
+                    p.inter);
   }
   // The output of gate and attention_gate: y and alpha; without a mode, alpha are the logits.
   void take_alpha_mode(const std::string& mode) {
@@ -218,7 +226,8 @@ struct Call {
   void take_gradients(const MaybeTensor& dy, const MaybeTensor& dalpha, const Tensor& alpha) {
     if (dy) {
       p.dy = input(*dy, "dy");
-      STD_TORCH_CHECK(p.dy.channels == p.x.channels && p.dy.grid == p.fine, "attn_gate: dy has shape ", shape_of(*dy));
+      STD_TORCH_CHECK(p.dy.channels == p.x.channels && p.dy.grid == p.fine, "attn_gate: dy has shape ",
+                      shape_of(*dy));
       if (!p.same_grid()) {
         Tensor dfine = new_acc({p.batch, p.fine.voxels()});
         p.dfine = dfine.mutable_data_ptr();
@@ -267,8 +276,10 @@ bool wants(int64_t needs, int i) { return (needs >> i) & 1; }
 
 // ---------------------------------------------------------------------------------------------------- gate
 
-std::tuple<Tensor, Tensor> gate_fwd(const Tensor& x, const Tensor& theta, const MaybeTensor& phi, const Tensor& psi_weight,
-                                    const MaybeTensor& psi_bias, std::string phi_resize, std::string alpha_resize, std::string activation) {
+std::tuple<Tensor, Tensor> gate_fwd(const Tensor& x, const Tensor& theta, const MaybeTensor& phi,
+                                    const Tensor& psi_weight, const MaybeTensor& psi_bias,
+                                    std::string phi_resize, std::string alpha_resize,
+                                    std::string activation) {
   Call call(x, theta.size(1));
   Problem& p = call.p;
   call.take_x(x);
@@ -283,10 +294,12 @@ std::tuple<Tensor, Tensor> gate_fwd(const Tensor& x, const Tensor& theta, const 
 }
 
 // theta, phi and psi's gradients of gate and gate_logits.
-std::tuple<Tensor, Tensor, Tensor, Tensor> given_bwd(Call& call, const Tensor& theta, const MaybeTensor& phi, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> given_bwd(Call& call, const Tensor& theta, const MaybeTensor& phi,
+                                                     int64_t needs) {
   Problem& p = call.p;
   const bool need_phi = phi && wants(needs, 1), resized = phi && !(p.phi.grid == p.coarse);
-  Tensor dtheta = call.like_if(wants(needs, 0) || need_phi, theta), dphi = call.like_if(need_phi && resized, need_phi ? *phi : theta);
+  Tensor dtheta = call.like_if(wants(needs, 0) || need_phi, theta),
+         dphi = call.like_if(need_phi && resized, need_phi ? *phi : theta);
   if (wants(needs, 0) || need_phi) p.dtheta = call.output(dtheta);
   call.backward(false);
   if (need_phi && resized && !call.empty()) {
@@ -294,13 +307,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> given_bwd(Call& call, const Tensor& t
     run_gather_dphi(p);
   }
   if (need_phi && !resized) dphi = wants(needs, 0) ? torch::stable::clone(dtheta) : dtheta;
-  return {wants(needs, 0) ? dtheta : call.no_map(), dphi, call.sum(wants(needs, 2), call.layout.psi_at, 1, p.inter, {p.inter}),
+  return {wants(needs, 0) ? dtheta : call.no_map(), dphi,
+          call.sum(wants(needs, 2), call.layout.psi_at, 1, p.inter, {p.inter}),
           call.sum(wants(needs, 3), call.layout.psi_bias_at, 1, 1, {1})};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(
-    const MaybeTensor& dy, const MaybeTensor& dalpha, const Tensor& x, const Tensor& theta, const MaybeTensor& phi,
-    const Tensor& psi_weight, const Tensor& alpha, std::string phi_resize, std::string alpha_resize, std::string activation, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const MaybeTensor& dy, const MaybeTensor& dalpha,
+                                                            const Tensor& x, const Tensor& theta,
+                                                            const MaybeTensor& phi, const Tensor& psi_weight,
+                                                            const Tensor& alpha, std::string phi_resize,
+                                                            std::string alpha_resize, std::string activation,
+                                                            int64_t needs) {
   Call call(x, theta.size(1));
   Problem& p = call.p;
   call.take_x(x);
@@ -318,8 +335,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(
   return {dx, dtheta, dphi, dpsi, dpsi_bias};
 }
 
-Tensor gate_logits_fwd(const Tensor& theta, const MaybeTensor& phi, const Tensor& psi_weight, const MaybeTensor& psi_bias,
-                       std::string phi_resize, std::string activation) {
+Tensor gate_logits_fwd(const Tensor& theta, const MaybeTensor& phi, const Tensor& psi_weight,
+                       const MaybeTensor& psi_bias, std::string phi_resize, std::string activation) {
   Call call(theta, theta.size(1));
   call.take_given(theta, phi, phi_resize);
   call.p.fine = call.p.coarse;
@@ -330,8 +347,10 @@ Tensor gate_logits_fwd(const Tensor& theta, const MaybeTensor& phi, const Tensor
   return logits;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gate_logits_bwd(const Tensor& dlogits, const Tensor& theta, const MaybeTensor& phi,
-                                                           const Tensor& psi_weight, std::string phi_resize, std::string activation, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gate_logits_bwd(const Tensor& dlogits, const Tensor& theta,
+                                                           const MaybeTensor& phi, const Tensor& psi_weight,
+                                                           std::string phi_resize, std::string activation,
+                                                           int64_t needs) {
   Call call(theta, theta.size(1));
   call.take_given(theta, phi, phi_resize);
   call.p.fine = call.p.coarse;
@@ -347,16 +366,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_logits_bwd(const Tensor& dlogits
 // Both projections; where g's grid is not theta's, phi is made on g's grid first (I channels, not kept).
 struct Attention : Call {
   Tensor g, phi_weight, phi;
-  Ints coarse;                 // R, without the batch and the channels
+  Ints coarse;  // R, without the batch and the channels
 
-  Attention(const Tensor& x, const Tensor& g_, const Tensor& theta_weight, const Tensor& phi_weight_, const MaybeTensor& bias,
-            const Ints& stride, const std::string& phi_resize, const std::string& activation)
+  Attention(const Tensor& x, const Tensor& g_, const Tensor& theta_weight, const Tensor& phi_weight_,
+            const MaybeTensor& bias, const Ints& stride, const std::string& phi_resize,
+            const std::string& activation)
       : Call(x, theta_weight.size(0)), g(g_), phi_weight(phi_weight_) {
     const int64_t dims = x.dim() - 2;
     take_x(x);
     check_map(g, "g", x);
-    STD_TORCH_CHECK(theta_weight.dim() == x.dim() && int64_t(stride.size()) == dims, "attn_gate: theta_weight has shape ",
-                    shape_of(theta_weight), " and stride ", stride.size(), " values, which does not fit x ", shape_of(x));
+    STD_TORCH_CHECK(theta_weight.dim() == x.dim() && int64_t(stride.size()) == dims,
+                    "attn_gate: theta_weight has shape ", shape_of(theta_weight), " and stride ",
+                    stride.size(), " values, which does not fit x ", shape_of(x));
     Ints theta_shape = sizes_of(theta_weight), phi_shape{p.inter, g.size(1)};
     theta_shape[1] = x.size(1);
     phi_shape.resize(size_t(dims) + 2, 1);
@@ -365,11 +386,18 @@ struct Attention : Call {
     if (bias) p.bias = hold(check_acc(*bias, "bias", x, {p.inter}));
     for (int64_t i = 0; i < dims; ++i) {
       const int64_t k = theta_weight.size(i + 2), s = stride[size_t(i)], n = x.size(i + 2);
-      STD_TORCH_CHECK(k >= 1 && s >= k, "attn_gate: theta's kernel (", k, ") must not be larger than its stride (", s, ")");
+      STD_TORCH_CHECK(k >= 1 && s >= k, "attn_gate: theta's kernel (", k,
+                      ") must not be larger than its stride (", s, ")");
       STD_TORCH_CHECK(n >= k, "attn_gate: x has ", n, " voxels along an axis where theta's kernel takes ", k);
       coarse.push_back((n - k) / s + 1);
     }
-    auto as_grid = [&](auto&& at) { Grid r; r.w = at(dims - 1); r.h = at(dims - 2); r.d = dims == 3 ? at(0) : 1; return r; };
+    auto as_grid = [&](auto&& at) {
+      Grid r;
+      r.w = at(dims - 1);
+      r.h = at(dims - 2);
+      r.d = dims == 3 ? at(0) : 1;
+      return r;
+    };
     p.kernel = as_grid([&](int64_t i) { return theta_weight.size(i + 2); });
     p.stride = as_grid([&](int64_t i) { return stride[size_t(i)]; });
     if (dims == 2) p.stride.d = 1;
@@ -418,7 +446,8 @@ struct Attention : Call {
   void take_preact(const Tensor& preact) {
     if (preact.numel() == 0) return;
     p.preact = input(preact, "preact");
-    STD_TORCH_CHECK(p.preact.channels == p.inter && p.preact.grid == p.coarse, "attn_gate: preact has shape ", shape_of(preact));
+    STD_TORCH_CHECK(p.preact.channels == p.inter && p.preact.grid == p.coarse, "attn_gate: preact has shape ",
+                    shape_of(preact));
     p.project = false;
     p.phi = Map();
   }
@@ -456,8 +485,13 @@ struct Attention : Call {
     } else if (!apart) {
       dphi_weight = sum(need_phi, taps_x, p.inter, G, phi_shape);
     }
-    return {dx, dg, dtheta_weight, dphi_weight, sum(wants(needs, 4), layout.bias_at, 1, p.inter, {p.inter}),
-            sum(wants(needs, 5), layout.psi_at, 1, p.inter, {p.inter}), sum(wants(needs, 6), layout.psi_bias_at, 1, 1, {1})};
+    return {dx,
+            dg,
+            dtheta_weight,
+            dphi_weight,
+            sum(wants(needs, 4), layout.bias_at, 1, p.inter, {p.inter}),
+            sum(wants(needs, 5), layout.psi_at, 1, p.inter, {p.inter}),
+            sum(wants(needs, 6), layout.psi_bias_at, 1, 1, {1})};
   }
   Ints weight_shape() const {
     Ints shape{p.inter, like.size(1)};
@@ -468,24 +502,28 @@ struct Attention : Call {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> attention_gate_fwd(
-    const Tensor& x, const Tensor& g, const Tensor& theta_weight, const Tensor& phi_weight, const MaybeTensor& bias,
-    const Tensor& psi_weight, const MaybeTensor& psi_bias, Ints stride, std::string phi_resize, std::string alpha_resize,
-    std::string activation, bool store) {
+std::tuple<Tensor, Tensor, Tensor> attention_gate_fwd(const Tensor& x, const Tensor& g,
+                                                      const Tensor& theta_weight, const Tensor& phi_weight,
+                                                      const MaybeTensor& bias, const Tensor& psi_weight,
+                                                      const MaybeTensor& psi_bias, Ints stride,
+                                                      std::string phi_resize, std::string alpha_resize,
+                                                      std::string activation, bool store) {
   Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
   call.take_psi(psi_weight, psi_bias);
   call.take_g();
   call.take_alpha_mode(alpha_resize);
-  Tensor y = new_map(x, x.size(1), grid_sizes(x)), alpha = call.new_alpha(call.coarse), preact = call.new_preact(store);
+  Tensor y = new_map(x, x.size(1), grid_sizes(x)), alpha = call.new_alpha(call.coarse),
+         preact = call.new_preact(store);
   call.p.y = call.output(y);
   call.forward();
   return {y, alpha, preact};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_gate_bwd(
-    const MaybeTensor& dy, const MaybeTensor& dalpha, const Tensor& x, const Tensor& g, const Tensor& theta_weight,
-    const Tensor& phi_weight, const MaybeTensor& bias, const Tensor& psi_weight, const Tensor& alpha, const Tensor& preact,
-    Ints stride, std::string phi_resize, std::string alpha_resize, std::string activation, int64_t needs) {
+    const MaybeTensor& dy, const MaybeTensor& dalpha, const Tensor& x, const Tensor& g,
+    const Tensor& theta_weight, const Tensor& phi_weight, const MaybeTensor& bias, const Tensor& psi_weight,
+    const Tensor& alpha, const Tensor& preact, Ints stride, std::string phi_resize, std::string alpha_resize,
+    std::string activation, int64_t needs) {
   Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
   call.take_psi(psi_weight, std::nullopt);
   call.take_g();
@@ -497,9 +535,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_gat
   return call.gradients(needs);
 }
 
-std::tuple<Tensor, Tensor> attention_logits_fwd(const Tensor& x, const Tensor& g, const Tensor& theta_weight, const Tensor& phi_weight,
-                                                const MaybeTensor& bias, const Tensor& psi_weight, const MaybeTensor& psi_bias, Ints stride,
-                                                std::string phi_resize, std::string activation, bool store) {
+std::tuple<Tensor, Tensor> attention_logits_fwd(const Tensor& x, const Tensor& g, const Tensor& theta_weight,
+                                                const Tensor& phi_weight, const MaybeTensor& bias,
+                                                const Tensor& psi_weight, const MaybeTensor& psi_bias,
+                                                Ints stride, std::string phi_resize, std::string activation,
+                                                bool store) {
   Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
   call.take_psi(psi_weight, psi_bias);
   call.take_g();
@@ -509,13 +549,14 @@ std::tuple<Tensor, Tensor> attention_logits_fwd(const Tensor& x, const Tensor& g
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_logits_bwd(
-    const Tensor& dlogits, const Tensor& x, const Tensor& g, const Tensor& theta_weight, const Tensor& phi_weight, const MaybeTensor& bias,
-    const Tensor& psi_weight, const Tensor& preact, Ints stride, std::string phi_resize, std::string activation, int64_t needs) {
+    const Tensor& dlogits, const Tensor& x, const Tensor& g, const Tensor& theta_weight,
+    const Tensor& phi_weight, const MaybeTensor& bias, const Tensor& psi_weight, const Tensor& preact,
+    Ints stride, std::string phi_resize, std::string activation, int64_t needs) {
   Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
   call.take_psi(psi_weight, std::nullopt);
   call.take_g();
   call.take_preact(preact);
-  call.take_alpha(dlogits, call.coarse);        // its shape and dtype are what d_logits must have
+  call.take_alpha(dlogits, call.coarse);  // its shape and dtype are what d_logits must have
   call.p.dalpha = call.p.alpha;
   return call.gradients(needs);
 }
@@ -525,7 +566,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_log
 Call apply_call(const Tensor& x, const Tensor& alpha, const std::string& alpha_resize) {
   Call call(x, 0);
   call.take_x(x);
-  STD_TORCH_CHECK(alpha.dim() == x.dim(), "attn_gate: alpha has shape ", shape_of(alpha), ", which does not fit x ", shape_of(x));
+  STD_TORCH_CHECK(alpha.dim() == x.dim(), "attn_gate: alpha has shape ", shape_of(alpha),
+                  ", which does not fit x ", shape_of(x));
   call.p.coarse = grid_of(alpha);
   call.take_alpha(alpha, grid_sizes(alpha));
   call.take_alpha_mode(alpha_resize);
@@ -540,7 +582,8 @@ Tensor gate_apply_fwd(const Tensor& x, const Tensor& alpha, std::string alpha_re
   return y;
 }
 
-std::tuple<Tensor, Tensor> gate_apply_bwd(const Tensor& dy, const Tensor& x, const Tensor& alpha, std::string alpha_resize, int64_t needs) {
+std::tuple<Tensor, Tensor> gate_apply_bwd(const Tensor& dy, const Tensor& x, const Tensor& alpha,
+                                          std::string alpha_resize, int64_t needs) {
   Call call = apply_call(x, alpha, alpha_resize);
   Problem& p = call.p;
   call.take_gradients(dy, std::nullopt, alpha);

@@ -1,4 +1,5 @@
-// The pre-activation s = bias + W [patches(x); g] + theta + resize(phi) of one tile, a block of registers at a time.
+// The pre-activation s = bias + W [patches(x); g] + theta + resize(phi) of one tile, a block of registers at
+// a time.
 #pragma once
 #include <optional>
 
@@ -22,7 +23,8 @@ struct Packed {
   int64_t elements() const { return psi + inter - forward; }
 };
 
-// Unit u packs one block of rows: first those of W (for s), then those of W^T (for dx, dg), then bias and psi.
+// Unit u packs one block of rows: first those of W (for s), then those of W^T (for dx, dg), then bias and
+// psi.
 template <class A>
 void pack_unit(const Problem& p, bool backward, int64_t u) {
   Packed<A> to(p, backward);
@@ -39,7 +41,8 @@ void pack_unit(const Problem& p, bool backward, int64_t u) {
       for (int64_t r = rows; r < B; ++r) dst[k * B + r] = A(0);
     if (rows_x) transpose(static_cast<const A*>(p.theta_weight) + i0 * rows_x, rows_x, rows, rows_x, dst, B);
     if (K > rows_x)
-      transpose(static_cast<const A*>(p.phi_weight) + i0 * (K - rows_x), K - rows_x, rows, K - rows_x, dst + rows_x * B, B);
+      transpose(static_cast<const A*>(p.phi_weight) + i0 * (K - rows_x), K - rows_x, rows, K - rows_x,
+                dst + rows_x * B, B);
     return;
   }
   u -= forward_units;
@@ -56,26 +59,28 @@ void pack_unit(const Problem& p, bool backward, int64_t u) {
   }
 }
 
-constexpr int64_t kStep = 16;   // depth of the product between two looks ahead: a few lines at a time stall nothing
+constexpr int64_t kStep =
+    16;  // depth of the product between two looks ahead: a few lines at a time stall nothing
 
 // What a thread holds while it goes through its tiles.
 template <class T>
 struct Worker {
   using A = Acc<T>;
   const Problem& p;
-  const int64_t ld;             // voxels a tile, the rows' length
+  const int64_t ld;  // voxels a tile, the rows' length
   const Packed<A> packed;
-  const Patches patches;        // of x on the coarse grid
-  const Patches flat;           // the coarse grid on itself
-  const bool has_given;         // theta, phi or a stored s
-  Buffer<A> input;              // [K][ld]: patches of x, then g
-  Buffer<A> given;              // [I][ld]
+  const Patches patches;  // of x on the coarse grid
+  const Patches flat;     // the coarse grid on itself
+  const bool has_given;   // theta, phi or a stored s
+  Buffer<A> input;        // [K][ld]: patches of x, then g
+  Buffer<A> given;        // [I][ld]
   std::optional<Resizer<A>> phi;
 
   Worker(const Problem& p_, const Layout& layout, bool backward)
-      : p(p_), ld(layout.tile), packed(p_, backward), patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)),
-        flat(same_grid_patches(p_.coarse)), has_given(p_.theta || p_.phi || (p_.preact && !p_.project)),
-        input(p_.depth() * layout.tile), given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
+      : p(p_), ld(layout.tile), packed(p_, backward),
+        patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
+        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)), input(p_.depth() * layout.tile),
+        given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
   }
 
@@ -98,7 +103,8 @@ struct Worker {
   void load_given(int64_t n, int64_t v0, int64_t v1) {
     if (!has_given) return;
     const int64_t padded = round_up(v1 - v0, kLanes<A>);
-    for (int64_t i = p.inter; i < packed.inter; ++i) std::memset(given + i * ld, 0, size_t(padded) * sizeof(A));
+    for (int64_t i = p.inter; i < packed.inter; ++i)
+      std::memset(given + i * ld, 0, size_t(padded) * sizeof(A));
     bool begun = false;
     if (p.theta || (p.preact && !p.project)) {
       load_tile<T>(p.theta ? p.theta : p.preact, flat, n, v0, v1, static_cast<A*>(given), ld);
@@ -117,8 +123,9 @@ struct Worker {
 
   // s of rows [i, i + kRows), NV vectors of voxels from v on.
   template <int NV>
-  inline __attribute__((always_inline)) void preactivation(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV], Ahead& ahead) const {
-    const bool stored = p.preact && !p.project;   // a stored s holds the bias already
+  inline __attribute__((always_inline)) void preactivation(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV],
+                                                           Ahead& ahead) const {
+    const bool stored = p.preact && !p.project;  // a stored s holds the bias already
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3

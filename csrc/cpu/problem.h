@@ -1,5 +1,5 @@
-// What the kernels are asked to do, as plain data: the interface between the operators (which know torch) and the
-// kernels (compiled once per instruction set, which know only pointers and sizes).
+// What the kernels are asked to do, as plain data: the interface between the operators (which know torch) and
+// the kernels (compiled once per instruction set, which know only pointers and sizes).
 #pragma once
 #include <cstdint>
 
@@ -27,49 +27,51 @@ struct Map {
   ATTN_GATE_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
-// One call, forward or backward. Parameters, alpha and sums are in the accumulation type A: float, or double for
-// float64 maps. The pre-activation s[I, R] is the sum of what is present:
+// One call, forward or backward. Parameters, alpha and sums are in the accumulation type A: float, or double
+// for float64 maps. The pre-activation s[I, R] is the sum of what is present:
 //   bias + theta_weight * patches(x) + phi_weight * g          (the projections; x_projected says so)
 //   + theta + resize(phi, R)                                   (given maps)
 struct Problem {
   DType dtype = DType::f32;
   int64_t batch = 0;
-  int64_t inter = 0;            // I
-  Grid fine, coarse;            // S, R
+  int64_t inter = 0;  // I
+  Grid fine, coarse;  // S, R
   Resize alpha_resize = Resize::identity, phi_resize = Resize::identity;
   Activation activation = Activation::relu;
 
   // the projections
-  bool project = false;         // compute the pre-activation from x and g (else it is given)
-  Grid kernel, stride;          // theta's, on x; kernel <= stride: patches do not overlap
+  bool project = false;  // compute the pre-activation from x and g (else it is given)
+  Grid kernel, stride;   // theta's, on x; kernel <= stride: patches do not overlap
   const void *theta_weight = nullptr, *phi_weight = nullptr;  // [I, C * taps], [I, G]
   const void *bias = nullptr, *psi = nullptr;                 // [I] (bias may be null), [I]
   const void* psi_bias = nullptr;                             // [1] or null
 
-  Map x, g;                     // grids S and R
-  Map theta, phi;               // grids R and Q
-  Map preact;                   // forward: where to store s (or absent); backward: s as stored
-  Map y;                        // forward out; absent: stop at the logits
-  void* alpha = nullptr;        // [N, R]: sigmoid(logit), or the logits where y is absent
+  Map x, g;               // grids S and R
+  Map theta, phi;         // grids R and Q
+  Map preact;             // forward: where to store s (or absent); backward: s as stored
+  Map y;                  // forward out; absent: stop at the logits
+  void* alpha = nullptr;  // [N, R]: sigmoid(logit), or the logits where y is absent
 
   // backward
-  Map dy, dx, dg, dtheta;       // dtheta holds ds: also what dphi is resized from
+  Map dy, dx, dg, dtheta;  // dtheta holds ds: also what dphi is resized from
   Map dphi;
-  Map ds;                       // ds as given: only the projections are differentiated
-  const void* dalpha = nullptr;         // [N, R] gradient of alpha (of the logits where dy is absent), or null
-  void* dalpha_out = nullptr;           // [N, R] where only x * resize(alpha) is differentiated
-  void* dfine = nullptr;                // [N, S] sum over channels of dy * x, where S != R
-  bool through_sigmoid = false; // alpha is sigmoid(logit); else gradients are those of the logits
+  Map ds;                        // ds as given: only the projections are differentiated
+  const void* dalpha = nullptr;  // [N, R] gradient of alpha (of the logits where dy is absent), or null
+  void* dalpha_out = nullptr;    // [N, R] where only x * resize(alpha) is differentiated
+  void* dfine = nullptr;         // [N, S] sum over channels of dy * x, where S != R
+  bool through_sigmoid = false;  // alpha is sigmoid(logit); else gradients are those of the logits
   bool weight_grads = false;
 
   // workspace, laid out by Layout below
-  void* packed = nullptr;       // weights in the micro-kernel's order
-  void* partial = nullptr;      // per group sums of the parameter gradients
+  void* packed = nullptr;   // weights in the micro-kernel's order
+  void* partial = nullptr;  // per group sums of the parameter gradients
 
   ATTN_GATE_INLINE int64_t taps() const { return kernel.voxels(); }
   ATTN_GATE_INLINE int64_t rows_x() const { return uses_x() ? x.channels * taps() : 0; }
   ATTN_GATE_INLINE int64_t rows_g() const { return g ? g.channels : 0; }
-  ATTN_GATE_INLINE int64_t depth() const { return rows_x() + rows_g(); }  // K of the projections' matrix product
+  ATTN_GATE_INLINE int64_t depth() const {
+    return rows_x() + rows_g();
+  }  // K of the projections' matrix product
   ATTN_GATE_INLINE bool uses_x() const { return theta_weight != nullptr; }
   ATTN_GATE_INLINE bool same_grid() const { return fine == coarse; }
 };
@@ -80,11 +82,13 @@ struct Layout {
   int64_t packed_elements = 0;  // of `packed`
   int64_t pack_units = 0;       // independent pieces of the packing
   int64_t row_stride = 0;       // of the weight gradient [I, K] at the start of a group's sums
-  int64_t bias_at = 0, psi_at = 0, psi_bias_at = 0;  // where d_bias [I], d_psi [I] and d_psi_bias [1] lie behind it
-  int64_t partial_elements = 0; // of one group
+  int64_t bias_at = 0, psi_at = 0,
+          psi_bias_at = 0;       // where d_bias [I], d_psi [I] and d_psi_bias [1] lie behind it
+  int64_t partial_elements = 0;  // of one group
 };
 
-// One table per instruction set. [begin, end) are ranges of independent units, so any split gives the same bits.
+// One table per instruction set. [begin, end) are ranges of independent units, so any split gives the same
+// bits.
 struct Kernels {
   const char* name;
   Layout (*layout)(const Problem&, bool backward);
@@ -106,6 +110,6 @@ struct Kernels {
 };
 
 extern const Kernels kernels_default, kernels_avx2, kernels_avx512;
-const Kernels& kernels();       // picked once, at first use; honours ATEN_CPU_CAPABILITY
+const Kernels& kernels();  // picked once, at first use; honours ATEN_CPU_CAPABILITY
 
 }  // namespace attn_gate::cpu

@@ -1,5 +1,6 @@
-// Linear and nearest resizing of a grid, one row at a time, and its exact adjoint in gather form (no scatter, so no
-// order of additions that depends on threads). Axis by axis: out[o] = sum over taps of weight * in[index].
+// Linear and nearest resizing of a grid, one row at a time, and its exact adjoint in gather form (no scatter,
+// so no order of additions that depends on threads). Axis by axis: out[o] = sum over taps of weight *
+// in[index].
 #pragma once
 #include "tiles.h"
 
@@ -8,7 +9,7 @@ namespace {
 
 template <class A>
 struct Axis {
-  Buffer<ResizeTap<A>> taps;               // for each output index
+  Buffer<ResizeTap<A>> taps;  // for each output index
   // The adjoint: input index i receives weight[k] * out[index[k]] for k in [start[i], start[i + 1]).
   Buffer<int64_t> start, index;
   Buffer<A> weight;
@@ -42,7 +43,8 @@ struct Resizer {
   Grid in, out;
   Axis<A> d, h, w;
   Resizer(Resize mode, const Grid& in_, const Grid& out_, bool adjoint = false)
-      : in(in_), out(out_), d(mode, in_.d, out_.d, adjoint), h(mode, in_.h, out_.h, adjoint), w(mode, in_.w, out_.w, adjoint) {}
+      : in(in_), out(out_), d(mode, in_.d, out_.d, adjoint), h(mode, in_.h, out_.h, adjoint),
+        w(mode, in_.w, out_.w, adjoint) {}
 
   // The output row (od, oh), columns [w0, w1), of one channel in src[in]. `line` holds in.w values.
   template <class T>
@@ -51,7 +53,7 @@ struct Resizer {
     const int64_t first = w.taps[w0].lower, last = w.taps[w1 - 1].upper + 1;
     bool begun = false;
     auto add = [&](int64_t id, int64_t ih, A weight) {
-      if (weight == A(0)) return;          // NaN or inf in a line that is not part of the result stays out of it
+      if (weight == A(0)) return;  // NaN or inf in a line that is not part of the result stays out of it
       const T* from = src + (id * in.h + ih) * in.w;
       if (begun) {
         for (int64_t i = first; i < last; ++i) line[i] += weight * to_acc(from[i]);
@@ -67,7 +69,8 @@ struct Resizer {
     add(td.upper, th.upper, d1 * h1);
     for (int64_t o = w0; o < w1; ++o) {
       const auto& tap = w.taps[o];
-      dst[o - w0] = tap.t == A(0) ? line[tap.lower] : (A(1) - tap.t) * line[tap.lower] + tap.t * line[tap.upper];
+      dst[o - w0] =
+          tap.t == A(0) ? line[tap.lower] : (A(1) - tap.t) * line[tap.lower] + tap.t * line[tap.upper];
     }
   }
 
@@ -76,7 +79,8 @@ struct Resizer {
   void adjoint_row(const T* src, int64_t id, int64_t ih, int64_t w0, int64_t w1, A* dst, A* line) const {
     for (int64_t i = w0; i < w1; ++i) dst[i - w0] = A(0);
     if (w.start[w0] == w.start[w1]) return;
-    // Output columns that these input columns feed: index is increasing inside each input's list and across them.
+    // Output columns that these input columns feed: index is increasing inside each input's list and across
+    // them.
     int64_t first = out.w, last = 0;
     for (int64_t k = w.start[w0]; k < w.start[w1]; ++k) {
       first = smaller(first, w.index[k]);
@@ -96,12 +100,14 @@ struct Resizer {
 
 // rows[c * ld + i] += resize(map)[c, voxel v0 + i of the output grid], all channels, both layouts.
 template <class T, class A>
-void add_resized_tile(const Map& m, const Resizer<A>& resize, int64_t n, int64_t v0, int64_t v1, A* rows, int64_t ld) {
+void add_resized_tile(const Map& m, const Resizer<A>& resize, int64_t n, int64_t v0, int64_t v1, A* rows,
+                      int64_t ld) {
   const int64_t C = m.channels, voxels = m.grid.voxels();
   const T* base = sample_of<T>(m, n);
   Buffer<A> line(resize.in.w), piece(resize.out.w), mixed(C);
   for_row_pieces(same_row_patches(resize.out), v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
-    const int64_t w0 = offset % resize.out.w, row = offset / resize.out.w, oh = row % resize.out.h, od = row / resize.out.h;
+    const int64_t w0 = offset % resize.out.w, row = offset / resize.out.w, oh = row % resize.out.h,
+                  od = row / resize.out.h;
     if (!m.channels_last) {
       for (int64_t c = 0; c < C; ++c) {
         resize.row(base + c * voxels, od, oh, w0, w0 + count, static_cast<A*>(piece), static_cast<A*>(line));
@@ -118,8 +124,10 @@ void add_resized_tile(const Map& m, const Resizer<A>& resize, int64_t n, int64_t
         const bool ud = corner & 4, uh = corner & 2, uw = corner & 1;
         const A weight = (ud ? td.t : A(1) - td.t) * (uh ? th.t : A(1) - th.t) * (uw ? tw.t : A(1) - tw.t);
         if (weight == A(0)) continue;
-        const T* from = base + (((ud ? td.upper : td.lower) * resize.in.h + (uh ? th.upper : th.lower)) * resize.in.w +
-                                (uw ? tw.upper : tw.lower)) * C;
+        const T* from =
+            base + (((ud ? td.upper : td.lower) * resize.in.h + (uh ? th.upper : th.lower)) * resize.in.w +
+                    (uw ? tw.upper : tw.lower)) *
+                       C;
         for (int64_t c = 0; c < C; ++c) mixed[c] += weight * to_acc(from[c]);
       }
       for (int64_t c = 0; c < C; ++c) rows[c * ld + first + i] += mixed[c];

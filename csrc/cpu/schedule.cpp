@@ -1,8 +1,9 @@
 // Which thread does what, and in which order.
 //
-// On one grid a tile is independent: one parallel loop. Where alpha is resized to x's grid, the multiply needs the
-// neighbouring coarse rows and backward needs dfine of the neighbouring fine rows; so the work goes in bands of tiles
-// whose share of x stays in the last-level cache between the two phases of a band, and x comes from memory once.
+// On one grid a tile is independent: one parallel loop. Where alpha is resized to x's grid, the multiply
+// needs the neighbouring coarse rows and backward needs dfine of the neighbouring fine rows; so the work goes
+// in bands of tiles whose share of x stays in the last-level cache between the two phases of a band, and x
+// comes from memory once.
 #include "schedule.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -61,14 +62,16 @@ struct OuterAxis {
         stride(depth ? p.stride.d : p.stride.h) {}
 };
 
-// Fine rows (through all samples) whose alpha rows are all done once `tiles` tiles are. One index of margin: the
-// kernels compute source positions in their own precision.
+// Fine rows (through all samples) whose alpha rows are all done once `tiles` tiles are. One index of margin:
+// the kernels compute source positions in their own precision.
 int64_t rows_ready(const Problem& p, const Layout& layout, int64_t tiles) {
   const OuterAxis axis(p);
   const int64_t per = tiles_per_sample(p, layout), n = tiles / per;
   const int64_t slabs = (tiles - n * per) * layout.tile / axis.coarse_voxels;
   int64_t done = 0;
-  while (done < axis.fine && resize_tap<double>(p.alpha_resize, done, axis.coarse, axis.fine).upper + 1 < slabs) ++done;
+  while (done < axis.fine &&
+         resize_tap<double>(p.alpha_resize, done, axis.coarse, axis.fine).upper + 1 < slabs)
+    ++done;
   return (n * axis.fine + done) * axis.fine_rows;
 }
 
@@ -77,9 +80,11 @@ int64_t rows_needed(const Problem& p, const Layout& layout, int64_t tiles) {
   const OuterAxis axis(p);
   const int64_t per = tiles_per_sample(p, layout), n = tiles / per, rest = tiles - n * per;
   if (rest == 0) return n * axis.fine * axis.fine_rows;
-  const int64_t slabs = std::min(axis.coarse, (rest * layout.tile + axis.coarse_voxels - 1) / axis.coarse_voxels);
+  const int64_t slabs =
+      std::min(axis.coarse, (rest * layout.tile + axis.coarse_voxels - 1) / axis.coarse_voxels);
   int64_t need = std::min(axis.fine, slabs * axis.stride);
-  while (need < axis.fine && resize_tap<double>(p.alpha_resize, need, axis.coarse, axis.fine).lower <= slabs) ++need;
+  while (need < axis.fine && resize_tap<double>(p.alpha_resize, need, axis.coarse, axis.fine).lower <= slabs)
+    ++need;
   return (n * axis.fine + (slabs == axis.coarse ? axis.fine : need)) * axis.fine_rows;
 }
 
@@ -87,7 +92,8 @@ size_t element_size(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 
 
 // Units (tiles, or groups of them) a band takes, of `units` in all.
 int64_t units_per_band(const Problem& p, int64_t units) {
-  const double bytes = double(p.batch) * double(p.x.channels) * double(p.fine.voxels()) * double(element_size(p.dtype));
+  const double bytes =
+      double(p.batch) * double(p.x.channels) * double(p.fine.voxels()) * double(element_size(p.dtype));
   const double bands = bytes / double(kBandBytes * int64_t(torch::stable::get_num_threads()));
   return std::max<int64_t>(1, bands > 1 ? int64_t(double(units) / bands) : units);
 }
@@ -123,7 +129,8 @@ void run_forward(Problem p) {
 }
 
 void run_apply(const Problem& p) {
-  parallel_rows(p, 0, p.batch * p.fine.d * p.fine.h, [&](int64_t n, int64_t r0, int64_t r1) { kernels().apply(p, n, r0, r1); });
+  parallel_rows(p, 0, p.batch * p.fine.d * p.fine.h,
+                [&](int64_t n, int64_t r0, int64_t r1) { kernels().apply(p, n, r0, r1); });
 }
 
 void run_backward(Problem p, const Layout& layout, int64_t groups) {
@@ -137,7 +144,8 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
     const int64_t end = std::min(begin + step, groups);
     if (two_phases) {
       const int64_t need = end == groups ? all_rows : rows_needed(p, layout, tiles * end / groups);
-      parallel_rows(p, rows_done, need, [&](int64_t n, int64_t r0, int64_t r1) { k.apply_backward(p, n, r0, r1); });
+      parallel_rows(p, rows_done, need,
+                    [&](int64_t n, int64_t r0, int64_t r1) { k.apply_backward(p, n, r0, r1); });
       rows_done = std::max(rows_done, need);
     }
     parallel(begin, end, [&](int64_t b, int64_t e) {
@@ -154,7 +162,8 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
 
 void run_apply_backward(const Problem& p) {
   const Kernels& k = kernels();
-  parallel_rows(p, 0, p.batch * p.fine.d * p.fine.h, [&](int64_t n, int64_t r0, int64_t r1) { k.apply_backward(p, n, r0, r1); });
+  parallel_rows(p, 0, p.batch * p.fine.d * p.fine.h,
+                [&](int64_t n, int64_t r0, int64_t r1) { k.apply_backward(p, n, r0, r1); });
   if (!p.dalpha_out || p.dalpha_out == p.dfine) return;
   parallel(0, p.batch, [&](int64_t b, int64_t e) {
     for (int64_t n = b; n < e; ++n) k.gather_dalpha(p, n, 0, p.coarse.voxels());

@@ -9,15 +9,15 @@ namespace attn_gate::cpu {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kBytes = 64, kRows = 8;    // 8 x 3 accumulators + 3 + 1 of 32 registers
+constexpr int kBytes = 64, kRows = 8;  // 8 x 3 accumulators + 3 + 1 of 32 registers
 #elif defined(__AVX2__)
-constexpr int kBytes = 32, kRows = 4;    // 4 x 3 accumulators + 3 + 1 of 16 registers
+constexpr int kBytes = 32, kRows = 4;  // 4 x 3 accumulators + 3 + 1 of 16 registers
 #elif defined(__aarch64__)
 constexpr int kBytes = 16, kRows = 8;
 #else
 constexpr int kBytes = 16, kRows = 4;
 #endif
-constexpr int kCols = 3;                 // vectors a micro-kernel's block is wide
+constexpr int kCols = 3;  // vectors a micro-kernel's block is wide
 
 template <class A>
 struct VectorOf;
@@ -34,7 +34,8 @@ template <class A>
 using Vec = typename VectorOf<A>::type;
 template <class A>
 constexpr int kLanes = kBytes / int(sizeof(A));
-// Rows of a packed block: the micro-kernel's rows, or a vector where that is longer (so that a transposition packs it).
+// Rows of a packed block: the micro-kernel's rows, or a vector where that is longer (so that a transposition
+// packs it).
 template <class A>
 constexpr int kBlock = kLanes<A> > kRows ? kLanes<A> : kRows;
 
@@ -67,7 +68,8 @@ inline Vec<float> exponential(Vec<float> x) {
   using I = VectorOf<float>::integer;
   x = x < -87.f ? splat(-87.f) : x;
   x = x > 87.f ? splat(87.f) : x;
-  Vec<float> shifted = x * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
+  Vec<float> shifted =
+      x * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
   Vec<float> n = shifted - 12582912.f;
   Vec<float> r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -78,7 +80,7 @@ inline Vec<float> exponential(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  I scale = ((I)shifted << 23) + 0x3f800000;          // 2^n: the constant's low bits shift out
+  I scale = ((I)shifted << 23) + 0x3f800000;  // 2^n: the constant's low bits shift out
   return p * (Vec<float>)scale;
 }
 inline Vec<double> exponential(Vec<double> x) {
@@ -90,8 +92,8 @@ inline Vec<A> sigmoid(Vec<A> z) {
   return A(1) / (A(1) + exponential(-z));
 }
 
-// acc[r][j] += sum_k a[k * kBlock + r] * x[k * ldx + j * lanes + (0 .. lanes)]: the one matrix product of the library.
-// Loads a step: kCols vectors and kRows broadcasts for kRows * kCols multiply-adds.
+// acc[r][j] += sum_k a[k * kBlock + r] * x[k * ldx + j * lanes + (0 .. lanes)]: the one matrix product of the
+// library. Loads a step: kCols vectors and kRows broadcasts for kRows * kCols multiply-adds.
 template <class A, int NV>
 inline __attribute__((always_inline)) void multiply(const A* a, const A* x, int64_t ldx, int64_t depth,
                                                     Vec<A> (&acc)[kRows][NV]) {
@@ -117,7 +119,8 @@ inline void for_panels(int64_t width, F&& f) {
   if (vectors == 1) f(std::integral_constant<int, 1>{}, v);
 }
 
-// One butterfly stage of a lanes x lanes transposition: swaps blocks of `Half` lanes between rows i and i + Half.
+// One butterfly stage of a lanes x lanes transposition: swaps blocks of `Half` lanes between rows i and i +
+// Half.
 template <class A, int Half, bool Upper, size_t... L>
 inline Vec<A> exchange(Vec<A> a, Vec<A> b, std::index_sequence<L...>) {
   constexpr int n = kLanes<A>;

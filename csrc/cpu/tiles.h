@@ -1,5 +1,5 @@
-// Tiles: a run of voxels of a feature map as rows [channels * taps][ld] of the accumulation type, whatever the map's
-// dtype and layout. All algorithms work on tiles; only this file knows how maps lie in memory.
+// Tiles: a run of voxels of a feature map as rows [channels * taps][ld] of the accumulation type, whatever
+// the map's dtype and layout. All algorithms work on tiles; only this file knows how maps lie in memory.
 #pragma once
 #include <memory>
 
@@ -14,7 +14,8 @@ namespace {
 template <class A>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(static_cast<A*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(A), std::align_val_t(64)))) {}
+  explicit Buffer(int64_t n)
+      : data_(static_cast<A*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(A), std::align_val_t(64)))) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -43,8 +44,8 @@ inline Patches patches_of(const Grid& map, const Grid& coarse, const Grid& kerne
 // A grid cut at the ends of its rows.
 inline Patches same_row_patches(const Grid& grid) { return {grid, grid, Grid(), Grid()}; }
 
-// Calls f(first, count, offset) for each piece of a grid row in the voxels [v0, v1): count voxels from v0 + first on,
-// whose tap 0 lies at voxel `offset` of the map, the next at offset + stride.w, ...
+// Calls f(first, count, offset) for each piece of a grid row in the voxels [v0, v1): count voxels from v0 +
+// first on, whose tap 0 lies at voxel `offset` of the map, the next at offset + stride.w, ...
 template <class F>
 inline void for_row_pieces(const Patches& p, int64_t v0, int64_t v1, F&& f) {
   int64_t w = v0 % p.coarse.w, row = v0 / p.coarse.w, h = row % p.coarse.h, d = row / p.coarse.h;
@@ -107,7 +108,8 @@ inline void add_pairs(const A* even, const A* odd, A* dst, int64_t n, std::index
 // rows[(c * taps + tap) * ld + i] = map[c, patch of voxel v0 + i, tap]; zeros up to the next whole vector.
 template <class T, class A>
 void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, A* rows, int64_t ld) {
-  const int64_t taps = p.kernel.voxels(), len = v1 - v0, padded = round_up(len, kLanes<A>), voxels = m.grid.voxels();
+  const int64_t taps = p.kernel.voxels(), len = v1 - v0, padded = round_up(len, kLanes<A>),
+                voxels = m.grid.voxels();
   const T* base = sample_of<T>(m, n);
   if (padded > len)
     for (int64_t r = 0; r < m.channels * taps; ++r)
@@ -119,7 +121,8 @@ void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1
           for_taps(p, [&](int64_t tap, int64_t step) {
             if (tap % 2) return;
             A* even = rows + (c * taps + tap) * ld + first;
-            split_pairs(base + c * voxels + offset + step, even, even + ld, count, std::make_index_sequence<kLanes<A>>{});
+            split_pairs(base + c * voxels + offset + step, even, even + ld, count,
+                        std::make_index_sequence<kLanes<A>>{});
           });
         });
       return;
@@ -129,7 +132,8 @@ void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1
     for (int64_t c = 0; c < m.channels; ++c)
       for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
         for_taps(p, [&](int64_t tap, int64_t step) {
-          load_strided(base + c * voxels + offset + step, p.stride.w, rows + (c * taps + tap) * ld + first, count);
+          load_strided(base + c * voxels + offset + step, p.stride.w, rows + (c * taps + tap) * ld + first,
+                       count);
         });
       });
     return;
@@ -169,7 +173,8 @@ inline void store_strided(const A* src, T* dst, int64_t stride, int64_t n) {
 
 // The reverse of load_tile; Add: map += tile.
 template <bool Add, class T, class A>
-void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, const A* rows, int64_t ld) {
+void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, const A* rows,
+                int64_t ld) {
   const int64_t taps = p.kernel.voxels(), voxels = m.grid.voxels();
   T* base = sample_of<T>(m, n);
   if constexpr (std::is_same_v<T, A> && Add) {
@@ -179,7 +184,8 @@ void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v
           for_taps(p, [&](int64_t tap, int64_t step) {
             if (tap % 2) return;
             const A* even = rows + (c * taps + tap) * ld + first;
-            add_pairs(even, even + ld, base + c * voxels + offset + step, count, std::make_index_sequence<kLanes<A>>{});
+            add_pairs(even, even + ld, base + c * voxels + offset + step, count,
+                      std::make_index_sequence<kLanes<A>>{});
           });
         });
       return;
@@ -189,7 +195,8 @@ void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v
     for (int64_t c = 0; c < m.channels; ++c)
       for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
         for_taps(p, [&](int64_t tap, int64_t step) {
-          store_strided<Add>(rows + (c * taps + tap) * ld + first, base + c * voxels + offset + step, p.stride.w, count);
+          store_strided<Add>(rows + (c * taps + tap) * ld + first, base + c * voxels + offset + step,
+                             p.stride.w, count);
         });
       });
     return;
@@ -215,8 +222,8 @@ void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v
   });
 }
 
-// The next tile's cache lines, fetched a few at a time while this tile is computed: the memory then works while the
-// arithmetic does, where hardware prefetchers see only short runs, each on another page.
+// The next tile's cache lines, fetched a few at a time while this tile is computed: the memory then works
+// while the arithmetic does, where hardware prefetchers see only short runs, each on another page.
 class Ahead {
  public:
   // Adds the voxels [v0, v1) of all channels, on the map's own grid.
@@ -225,7 +232,8 @@ class Ahead {
     if (v0 >= v1 || runs_ == kMost) return;
     auto voxel = [&](int64_t v) {
       const int64_t w = v % p.coarse.w, row = v / p.coarse.w;
-      return ((row / p.coarse.h * p.stride.d) * p.map.h + row % p.coarse.h * p.stride.h) * p.map.w + w * p.stride.w;
+      return ((row / p.coarse.h * p.stride.d) * p.map.h + row % p.coarse.h * p.stride.h) * p.map.w +
+             w * p.stride.w;
     };
     const int64_t first = voxel(v0), last = voxel(v1 - 1) + p.map.w * (p.kernel.h - 1) + p.kernel.w;
     const int64_t voxels = m.grid.voxels(), end = last < voxels ? last : voxels;
