@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 from ._library import ops
 from .operators import ATTENTION_GATE, OPERATORS, Operator, as_tuple
 
+
 def call(op: Operator, *args: Any) -> tuple[Tensor, ...]:
     """op's differentiable results, by the way in that suits where we are called from."""
     if torch._C._are_functorch_transforms_active():

@@ -19,7 +19,7 @@ from . import reference
 OPERATORS = ("gate", "gate_logits", "attention_gate", "attention_logits", "apply_attention")
 LAYOUTS = ("contiguous", "channels_last")
 
-# Pre-activations nearer to 0 than this are redrawn: there rounding decides relu's derivative, not the formula.
+# Pre-activations nearer to 0 than this are redrawn: there rounding, not the formula, decides relu's slope.
 _MARGIN = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -141,7 +141,7 @@ class GateCase:
     def _leave_the_kink(
         self, draw: _Draw, t: Tensor, preactivation: Callable[[], Tensor], stride: Sequence[int] | None = None
     ) -> None:
-        """Redraws the voxels of t (on theta's grid, or `stride` as fine) whose pre-activation is next to 0."""
+        """Redraws the voxels of t, on theta's grid or `stride` as fine, whose pre-activation is next to 0."""
         if self.activation not in ("relu", "leaky_relu"):
             return
         stride = stride or self._per_axis(1)
@@ -176,7 +176,7 @@ class _Draw:
 
 
 def channels_last(t: Tensor) -> Tensor:
-    """The same map with its channels fastest in memory; 1D maps too, for which PyTorch has no memory format."""
+    """The same map with its channels fastest in memory; 1D too, for which PyTorch has no memory format."""
     return t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 

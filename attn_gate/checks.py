@@ -111,7 +111,6 @@ def check_projections(x: Any, g: Any, theta_weight: Any, phi_weight: Any, bias: 
     """x, g and the parameters of both projections."""
     check_map("x", x)
     check_map("g", g, x)
-    check_resizable("g", g, x.shape[2:])
     axes = x.ndim - 2
     if not isinstance(theta_weight, Tensor):
         raise TypeError(f"theta_weight must be a floating point tensor; got {_described(theta_weight)}")
@@ -130,7 +129,7 @@ def check_projections(x: Any, g: Any, theta_weight: Any, phi_weight: Any, bias: 
 def checked_window(
     x: Tensor, theta_weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Stride and padding with a number for each axis; the kernel fits on x's grid."""
+    """Stride and padding with a number for each axis; theta's kernel fits on x's grid."""
     stride, padding = _per_axis("stride", stride, x, least=1), _per_axis("padding", padding, x, least=0)
     grid, kernel = x.shape[2:], theta_weight.shape[2:]
     if any(n + 2 * p < k for n, k, p in zip(grid, kernel, padding, strict=True)):

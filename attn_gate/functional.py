@@ -137,6 +137,7 @@ def attention_gate(
     checks.check_projections(x, g, theta_weight, phi_weight, bias)
     checks.check_psi(psi_weight, psi_bias, theta_weight.shape[0], x)
     stride, padding = checks.checked_window(x, theta_weight, stride, padding)
+    checks.check_resizable("g", g, x.shape[2:])
     if _patches_overlap(theta_weight, stride, padding):
         theta, phi = _convolved(x, g, theta_weight, phi_weight, bias, stride, padding)
         tensors = (x, theta, phi, psi_weight.reshape(-1), psi_bias)
@@ -173,6 +174,7 @@ def attention_logits(
     checks.check_projections(x, g, theta_weight, phi_weight, bias)
     checks.check_psi(psi_weight, psi_bias, theta_weight.shape[0], x)
     stride, padding = checks.checked_window(x, theta_weight, stride, padding)
+    checks.check_resizable("g", g, x.shape[2:])
     if _patches_overlap(theta_weight, stride, padding):
         theta, phi = _convolved(x, g, theta_weight, phi_weight, bias, stride, padding)
         tensors = (theta, phi, psi_weight.reshape(-1), psi_bias)

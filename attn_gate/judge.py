@@ -41,36 +41,51 @@ class Judgement(NamedTuple):
         return self.error / self.tolerance
 
 
+class Judge:
+    """Knows what is right and how far one may be off; judges any number of results by that."""
+
+    def __init__(
+        self, eager: Mapping[str, Tensor], reference: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        """Results of eager PyTorch in `dtype`, that of the maps, and of the reference, by the same names.
+
+        Names are "y", "alpha", "logits"; gradients begin so: "d x", "d theta_weight" or "d theta.weight".
+        """
+        self._reference = reference
+        scales: dict[str, float] = {}
+        errors: dict[str, float] = {}
+        for name, exact in reference.items():
+            key = _layer(name)
+            scales[key] = max(scales.get(key, torch.finfo(torch.float64).tiny), _largest(exact))
+            errors[key] = max(errors.get(key, 0.0), _distance(eager[name], exact))
+        self._scale = {name: scales[_layer(name)] for name in reference}
+        self._tolerance = {
+            name: 2 * errors[_layer(name)] / scale + _few_ulp(name, dtype)
+            for name, scale in self._scale.items()
+        }
+
+    def judge(self, found: Mapping[str, Tensor]) -> list[Judgement]:
+        """Judge each of `found`.
+
+        Raises:
+            ValueError: they have other names than the reference.
+        """
+        if set(found) != set(self._reference):
+            raise ValueError(f"results must be {', '.join(self._reference)}; got {', '.join(found)}")
+        return [
+            Judgement(name, _distance(found[name], exact) / self._scale[name], self._tolerance[name])
+            for name, exact in self._reference.items()
+        ]
+
+
 def judge(
     found: Mapping[str, Tensor],
     eager: Mapping[str, Tensor],
     reference: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> list[Judgement]:
-    """Judge each of `found`, by what eager PyTorch finds in the same dtypes and by a float64 reference.
-
-    Args:
-        found, eager, reference: results by the same names: "y", "alpha", "d x" (gradients begin so),
-            "d theta_weight" or "d theta.weight", ...
-        dtype: of the maps.
-
-    Raises:
-        ValueError: `found` has other names than `reference`.
-    """
-    if set(found) != set(reference):
-        raise ValueError(f"results must be {', '.join(reference)}; got {', '.join(found)}")
-    scales: dict[str, float] = {}
-    allowed: dict[str, float] = {}
-    for name, exact in reference.items():
-        key = _layer(name)
-        scales[key] = max(scales.get(key, torch.finfo(torch.float64).tiny), _largest(exact))
-        allowed[key] = max(allowed.get(key, 0.0), _distance(eager[name], exact))
-    judgements = []
-    for name, exact in reference.items():
-        scale = scales[_layer(name)]
-        tolerance = 2 * allowed[_layer(name)] / scale + _few_ulp(name, dtype)
-        judgements.append(Judgement(name, _distance(found[name], exact) / scale, tolerance))
-    return judgements
+    """Judge each of `found` once: `Judge(eager, reference, dtype).judge(found)`."""
+    return Judge(eager, reference, dtype).judge(found)
 
 
 def worst(judgements: list[Judgement]) -> Judgement:

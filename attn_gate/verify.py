@@ -85,10 +85,12 @@ def run(args: argparse.Namespace) -> int:
     _print_table(rows)
     wrong = [row for row in rows if not row.ok]
     count = sum(row.count for row in rows)
+    for row in wrong:
+        print(f"WRONG: {row.subject}, {row.dtype}, {row.backend}: {row.explain()}")
     if wrong:
-        print(f"WRONG: {len(wrong)} of {len(rows)} rows. Please report it, with `python -m attn_gate info`.")
+        print(f"{len(wrong)} of {len(rows)} are wrong. Please report it, with `python -m attn_gate info`.")
         return 1
-    print(f"All right: {count} results match the float64 reference ({', '.join(chosen)}; seed {args.seed}).")
+    print(f"All {count} results match the float64 reference ({', '.join(chosen)}; seed {args.seed}).")
     return 0
 
 
@@ -117,6 +119,13 @@ class Row:
     def ok(self) -> bool:
         """Whether everything was compared and right."""
         return not self.error and self.worst is not None and self.worst.ok
+
+    def explain(self) -> str:
+        """The worst result in words, or why there is none."""
+        if self.error or self.worst is None:
+            return f"{self.error} ({self.where})" if self.error else "nothing to compare"
+        name, error, tolerance = self.worst
+        return f"{name} is off by {error:.1e}, allowed {tolerance:.1e} ({self.where})"
 
     def compare(self, seed: int) -> None:
         """Fill the row."""
@@ -302,49 +311,52 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
         yield lambda what: progress.update(task, advance=1, description=what)
 
 
-COLUMNS = ("", "backend", "dtype", "compared", "error", "allowed", "worst result", "verdict")
+COLUMNS = (
+    "",
+    "compared",
+    "error",
+    "allowed",
+    "verdict",
+    "worst result (case, layout)",
+)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    if row.error or row.worst is None:
-        numbers, where = ("", ""), f"{row.where}: {row.error}" if row.error else "nothing to compare"
-    else:
-        numbers = f"{row.worst.error:.1e}", f"{row.worst.tolerance:.1e}"
-        where = f"{row.worst.name} ({row.where})"
-    return (
-        row.subject,
-        row.backend,
-        row.dtype,
-        str(row.count),
-        *numbers,
-        where,
-        "right" if row.ok else "WRONG",
-    )
+def _lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
+    """The cells of the table: one for a subject, then those of its rows."""
+    subject = ""
+    for row in rows:
+        if row.subject != subject:
+            subject = row.subject
+            yield (subject,)
+        numbers, result = ("", ""), row.error or "none"
+        if row.worst is not None and not row.error:
+            numbers = f"{row.worst.error:.1e}", f"{row.worst.tolerance:.1e}"
+            result = f"{row.worst.name} ({row.where})"
+        verdict = "right" if row.ok else "WRONG"
+        yield (f"  {row.dtype}, {row.backend}", str(row.count), *numbers, verdict, result)
 
 
 def _print_table(rows: Sequence[Row]) -> None:
     try:
         from rich.console import Console
-        from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
     except ModuleNotFoundError:
         _print_plain(rows)
         return
-    table = Table(*COLUMNS)
-    for column in table.columns[3:6]:
-        column.justify = "right"
-    for before, row in zip((None, *rows), rows, strict=False):
-        first = before is None or before.subject != row.subject
-        if first and before is not None:
-            table.add_section()
-        name, *cells, verdict = _cells(row)
-        style = "green" if row.ok else "bold red"
-        table.add_row(name if first or not row.ok else "", *map(escape, cells), f"[{style}]{verdict}")
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    table = Table(box=None, pad_edge=False)
+    for name in COLUMNS[:-1]:
+        table.add_column(name, no_wrap=True, justify="right" if name in COLUMNS[1:4] else "left")
+    table.add_column(COLUMNS[-1])
+    styles = {"right": "green", "WRONG": "bold red"}
+    for cells in _lines(rows):
+        subject_style = "bold" if len(cells) == 1 else ""
+        table.add_row(*(Text(cell, style=styles.get(cell, subject_style)) for cell in cells))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _print_plain(rows: Sequence[Row]) -> None:
-    table = [COLUMNS, *map(_cells, rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
+    table = [COLUMNS, *_lines(rows)]
+    widths = [max(len(line[i]) for line in table if len(line) > 1) for i in range(len(COLUMNS))]
     for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip())

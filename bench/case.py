@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from attn_gate.judge import Judgement, judge, worst
+from attn_gate.judge import Judge, Judgement, worst
 
 from .gates import GATES
 from .registry import Config
@@ -31,19 +31,15 @@ class Case:
             self.gate = GATES[config.gate](config).eval()
         self._double = copy.deepcopy(self.gate).double()
         self._leave_the_kink(generator)
-        self._expected: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        self._judges: dict[str, Judge] = {}
 
     def check(self, mode: str, results: Mapping[str, Tensor]) -> Judgement:
         """The worst of these results (see `run`), by the rule of `attn_gate.judge`."""
-        return worst(judge(results, *self._eager_and_exact(mode), torch.float32))
-
-    def _eager_and_exact(self, mode: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The results of this mode in eager float32, and in float64."""
-        if mode not in self._expected:
+        if mode not in self._judges:
             eager = run(mode, copy.deepcopy(self.gate), self.x, self.g, self.dy)
             exact = run(mode, self._double, self.x.double(), self.g.double(), self.dy.double())
-            self._expected = {mode: (eager, exact)}  # one mode at a time: they are large
-        return self._expected[mode]
+            self._judges = {mode: Judge(eager, exact, torch.float32)}  # one mode at a time: they are large
+        return worst(self._judges[mode].judge(results))
 
     def _leave_the_kink(self, generator: torch.Generator) -> None:
         """Redraw the voxels of x whose pre-activation is next to 0."""

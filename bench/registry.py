@@ -86,7 +86,7 @@ def select(what: str, wanted: Sequence[str], available: Mapping[str, T]) -> dict
     for name in wanted:
         found = [name] if name in available else families.get(name)
         if not found:
-            close = difflib.get_close_matches(name, [*available, *families], n=3, cutoff=0.5)
+            close = difflib.get_close_matches(name, dict.fromkeys([*available, *families]), n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(available)}"
             raise ValueError(f"no {what} is called {name!r}: {hint}")
         chosen.update(found)

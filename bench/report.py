@@ -19,16 +19,14 @@ def tables(results: Results, providers: Iterable[Provider]) -> list[Table | Text
     """Times, attn_gate's speed-ups and memory, as far as measured, and a remark for what wasn't."""
     measured = {row.provider for row in results.rows if row.times_ms}
     shown = [p for p in providers if p.name in measured]
-    if not shown:
-        return remarks(results)
     others = [p for p in shown if p.name != OURS]
-    parts = [
-        _times(results, shown),
-        _speedups(results, others),
-        _kept(results, shown),
-        _peaks(results, shown),
+    return [
+        *_times(results, shown),
+        *_speedups(results, others),
+        *_kept(results, shown),
+        *_peaks(results, shown),
+        *remarks(results),
     ]
-    return [part for part in parts if part is not None] + remarks(results)
 
 
 def remarks(results: Results) -> list[Text]:
@@ -51,14 +49,14 @@ def line(results: Results, config: str, mode: str) -> str:
     return f"{config} {mode}: " + ", ".join(f"{row.provider} {_milliseconds(row)}" for row in rows)
 
 
-def _times(results: Results, shown: list[Provider]) -> Table:
-    noisy = any(_noisy(row) for row in results.rows if row.times_ms)
-    caption = f"~ quartiles more than {NOISY:.0%} of the median apart: a noisy machine" if noisy else None
-    title = f"milliseconds, median, {results.machine['threads']} threads"
-    return _by_provider(results, shown, title, _milliseconds, caption)
+def _times(results: Results, shown: list[Provider]) -> list[Table | Text]:
+    title = f"Milliseconds, median, {results.machine['threads']} threads"
+    if any(_noisy(row) for row in results.rows if row.times_ms):
+        title += f" (~ quartiles more than {NOISY:.0%} of it apart: a noisy machine)"
+    return _by_provider(results, shown, title, _milliseconds)
 
 
-def _speedups(results: Results, others: list[Provider]) -> Table:
+def _speedups(results: Results, others: list[Provider]) -> list[Table | Text]:
     def cell(row: Row) -> str:
         speedup = results.speedup(row.config, row.mode, OURS, over=row.provider)
         if speedup is None:
@@ -66,28 +64,24 @@ def _speedups(results: Results, others: list[Provider]) -> Table:
         # Nothing beats the limit: the other way round it reads better.
         return f"{1 / speedup:.2f} of it" if row.provider == "limit" else f"{speedup:.2f}x"
 
-    title = "how many times faster attn_gate is than these, and its time relative to the memory limit"
+    title = "How many times faster attn_gate is than these, and its time relative to the memory limit"
     return _by_provider(results, others, title, cell)
 
 
-def _peaks(results: Results, shown: list[Provider]) -> Table | None:
-    title = "MiB allocated at the peak of one call, its results included"
-    return _by_provider(results, shown, title, lambda row: _mebibytes(row.peak_bytes))
-
-
-def _kept(results: Results, shown: list[Provider]) -> Table | None:
+def _kept(results: Results, shown: list[Provider]) -> list[Table | Text]:
     title = "MiB kept by autograd between forward and backward, beyond x, g and parameters"
     return _by_provider(results, shown, title, lambda row: _mebibytes(row.kept_bytes))
 
 
+def _peaks(results: Results, shown: list[Provider]) -> list[Table | Text]:
+    title = "MiB allocated at the peak of one call, its results included"
+    return _by_provider(results, shown, title, lambda row: _mebibytes(row.peak_bytes))
+
+
 def _by_provider(
-    results: Results,
-    shown: list[Provider],
-    title: str,
-    cell: Callable[[Row], str],
-    caption: str | None = None,
-) -> Table | None:
-    """A line per mode and config, a column per provider, without empty ones; None if all are."""
+    results: Results, shown: list[Provider], title: str, cell: Callable[[Row], str]
+) -> list[Table | Text]:
+    """Title and table: lines of mode and config, columns of providers; nothing where all would be empty."""
     lines = []
     for mode in dict.fromkeys(row.mode for row in results.rows):
         for config in results.configs:
@@ -96,11 +90,8 @@ def _by_provider(
     lines = [line for line in lines if any(line[2])]
     columns = [i for i in range(len(shown)) if any(cells[i] for _, _, cells in lines)]
     if not columns:
-        return None
-    table = Table(
-        title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-        title_justify="left", caption_justify="left", title_style="bold",
-    )  # fmt: skip
+        return []
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("", no_wrap=True)
     for i in columns:
         table.add_column(shown[i].title, justify="right", no_wrap=True)
@@ -108,7 +99,7 @@ def _by_provider(
         if before is None or before[0] != mode:
             table.add_row(Text(mode, style="bold"))
         table.add_row(f" {config}", *(cells[i] for i in columns))
-    return table
+    return [Text(title, style="bold"), table]
 
 
 def _noisy(row: Row) -> bool:

@@ -1,4 +1,4 @@
-"""Forward and all gradients of every operator, against the float64 reference. CI runs it under sanitizers too."""
+"""Forward and all gradients of every operator, by the float64 reference; CI runs it under sanitizers."""
 
 from __future__ import annotations
 

@@ -26,17 +26,14 @@ def output(request, monkeypatch):
             monkeypatch.setitem(sys.modules, name, None)
 
 
-def rows_of(printed: str, verdict: str) -> list[str]:
-    lines = printed.splitlines()[:-1]  # the last sums up
-    return [
-        line for line in lines if verdict in line and any(f" {dtype} " in line for dtype in verify.DTYPES)
-    ]
+def wrong_rows(printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if line.startswith("WRONG: ")]
 
 
 def test_every_operator_preset_and_dtype_has_a_row(output, capsys):
     assert cli.main(["verify", "--backend", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert len(rows_of(printed, "right")) == (len(cases.OPERATORS) + len(verify.MODULES)) * len(verify.DTYPES)
+    assert printed.count(" right ") == (len(cases.OPERATORS) + len(verify.MODULES)) * len(verify.DTYPES)
     assert all(name in printed for name in (*cases.OPERATORS, *verify.MODULES, *verify.DTYPES))
 
 
@@ -50,8 +47,12 @@ def test_a_wrong_output_is_found_and_named(output, monkeypatch, capsys):
     wrong.__name__ = "gate"
     monkeypatch.setattr(functional, "gate", wrong)
     assert cli.main(["verify", "--dtype", "float32"]) == 1
-    (row,) = rows_of(capsys.readouterr().out, "WRONG")
-    assert " gate " in f" {row.replace('│', ' ')} " and "float32" in row
+    printed = capsys.readouterr().out
+    (row,) = wrong_rows(printed)
+    assert row.startswith("WRONG: gate, float32, cpu: alpha is off by ") and "2D, " in row
+    assert printed.count(" WRONG ") == 1 and printed.count(" right ") == len(cases.OPERATORS) - 1 + len(
+        verify.MODULES
+    )
 
 
 def test_a_wrong_gradient_is_found_and_named(monkeypatch, capsys):
@@ -74,9 +75,9 @@ def test_a_wrong_gradient_is_found_and_named(monkeypatch, capsys):
     wrong.__name__ = "attention_gate"
     monkeypatch.setattr(functional, "attention_gate", wrong)
     assert cli.main(["verify", "--dtype", "float64"]) == 1
-    wrong_rows = rows_of(capsys.readouterr().out, "WRONG")
+    rows = wrong_rows(capsys.readouterr().out)
     # The operator, and the module's presets, which all run it.
-    assert len(wrong_rows) == 4 and all("d x" in row for row in wrong_rows)
+    assert len(rows) == 4 and all(": d x is off by" in row for row in rows)
 
 
 def test_an_exception_is_a_row_not_a_crash(monkeypatch, capsys):
@@ -85,8 +86,9 @@ def test_an_exception_is_a_row_not_a_crash(monkeypatch, capsys):
 
     monkeypatch.setattr(functional, "apply_attention", broken)
     assert cli.main(["verify", "--quick"]) == 1
-    wrong_rows = rows_of(capsys.readouterr().out, "WRONG")
-    assert len(wrong_rows) == len(verify.QUICK_DTYPES)
+    rows = wrong_rows(capsys.readouterr().out)
+    assert len(rows) == len(verify.QUICK_DTYPES)
+    assert all("RuntimeError: no kernel image" in row for row in rows)
 
 
 def test_a_backend_that_does_not_work_here_is_refused_with_its_reason(monkeypatch, capsys):

@@ -1,0 +1,1 @@
+"""`python -m attn_gate demo`: see `attn_gate.demo.cli`."""

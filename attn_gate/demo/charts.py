@@ -75,7 +75,7 @@ def loss_curves(results: Results, theme: Theme) -> Figure:
         if run.loss:
             axes.plot(_smooth(run.loss), **_line(key, theme), label=run.name)
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower left")
     return figure
 
 

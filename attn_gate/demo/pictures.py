@@ -12,6 +12,7 @@ from attn_gate.demo.charts import Theme
 from attn_gate.demo.results import Results
 
 TRUTH, EAGER, FUSED = "#39e6c3", "#5aa9ff", "#ff9d4d"  # on grey CT, in both themes
+STYLES = {"eager": (0, (3, 1.5)), "fused": "-"}
 WINDOW = 64  # pixels of the close-ups
 LEFT, RIGHT, TOP, FOOT, GAP = 0.5, 0.5, 0.27, 0.62, 0.07  # inches
 
@@ -39,7 +40,7 @@ def attention(results: Results, theme: Theme) -> Figure:
     for axes, gate, place in zip(grid[1:, 0], gates, _places(len(gates)), strict=True):
         size = "×".join(str(n) for n in views[moments[0]].maps[gate].shape[1:])
         axes.set_ylabel(f"{place} gate\n{size}")
-    _foot(figure, results, theme, {_truth(results): TRUTH, "prediction, fused gates": FUSED})
+    _foot(figure, results, theme, {_truth(results): (TRUTH, "-"), "prediction, fused gates": (FUSED, "-")})
     return figure
 
 
@@ -58,9 +59,7 @@ def segmentation(results: Results, theme: Theme) -> Figure:
         _show_ct(top, image[rows, columns])
         _contour(top, truth[rows, columns], TRUTH)
         for key, seen in last.items():
-            _contour(
-                top, seen.probability[slot][rows, columns], colours[key], "--" if key == "eager" else "-"
-            )
+            _contour(top, seen.probability[slot][rows, columns], colours[key], STYLES[key])
         _title(top, results.patients[results.held_out.patient[results.shown[slot]]])
         finest = next(iter(last["fused" if "fused" in last else "eager"].maps.values()))[slot]
         close_up = finest[rows, columns]
@@ -70,12 +69,13 @@ def segmentation(results: Results, theme: Theme) -> Figure:
             _colour_bar(figure, bottom, shown)
         else:
             text = f"α {close_up.min():.2f} to {close_up.max():.2f}"
-            bottom.text(0.03, 0.03, text, color="white", size=8, transform=bottom.transAxes)
+            patch = {"boxstyle": "round,pad=0.2", "facecolor": "black", "alpha": 0.55, "linewidth": 0}
+            bottom.text(0.04, 0.04, text, color="white", size=8, transform=bottom.transAxes, bbox=patch)
     if count > 1:
         grid[0, 0].set_ylabel("held-out slice")
         grid[1, 0].set_ylabel("finest gate's map")
-    names = {_truth(results): TRUTH, **{f"prediction, {key} gates": colours[key] for key in last}}
-    _foot(figure, results, theme, names)
+    lines = {f"prediction, {key} gates": (colours[key], STYLES[key]) for key in last}
+    _foot(figure, results, theme, {_truth(results): (TRUTH, "-"), **lines})
     return figure
 
 
@@ -129,7 +129,7 @@ def _show_ct(axes: Axes, image: np.ndarray) -> None:
     axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="bilinear")
 
 
-def _contour(axes: Axes, mask: np.ndarray, colour: str, style: str = "-") -> None:
+def _contour(axes: Axes, mask: np.ndarray, colour: str, style: str | tuple = "-") -> None:
     if mask.min() < 0.5 < mask.max():
         axes.contour(mask, [0.5], colors=[colour], linewidths=1.3, linestyles=style)
 
@@ -144,10 +144,12 @@ def _places(gates: int) -> list[str]:
     return ["finest", *(["middle"] * (gates - 2)), "coarsest"][:gates]
 
 
-def _foot(figure: Figure, results: Results, theme: Theme, names: dict[str, str]) -> None:
+def _foot(figure: Figure, results: Results, theme: Theme, names: dict[str, tuple]) -> None:
     """Legend, and below it where the images come from."""
     inch = 1 / figure.get_figheight()
-    lines = [Line2D([], [], color=colour, lw=2, label=name) for name, colour in names.items()]
+    lines = [
+        Line2D([], [], color=colour, ls=style, lw=2, label=name) for name, (colour, style) in names.items()
+    ]
     figure.legend(
         handles=lines, loc="lower center", bbox_to_anchor=(0.5, 0.24 * inch), ncols=len(lines), fontsize=9
     )

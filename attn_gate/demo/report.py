@@ -110,7 +110,7 @@ def _headlines(results: Results) -> Iterator[tuple[str, str, str]]:
         yield "Gates, kept for backward", f"{less:.2g}× less", "memory than eager"
         for name, times in (("Gates", cost.gates_ms), ("Whole network", cost.network_ms)):
             speed = times["contiguous"]["eager"] / times["contiguous"]["fused"]
-            yield f"{name}, step", f"{speed:.2f}×", "eager's speed, forward + backward"
+            yield f"{name}, step", f"{speed:.2f}×", "eager's speed (contiguous)"
 
 
 def _attention(figures: Figures) -> str:
@@ -208,7 +208,7 @@ def _cost_table(cost: Cost) -> str:
     ]
     rows = []
     for name, unit, values, scale in lines:
-        cells = [f"{values[program] / scale:.2f} {unit}" for program in ("eager", "fused")]
+        cells = [f"{values[program] / scale:.3g} {unit}" for program in ("eager", "fused")]
         rows.append(("", name, [*cells, f"{values['eager'] / max(values['fused'], 1e-9):.2f}"]))
     return _table(["", "eager", "fused", "eager / fused"], rows)
 

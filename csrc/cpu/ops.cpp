@@ -68,6 +68,12 @@ Activation activation_of(const std::string& name) {
   return Activation::relu;
 }
 
+// Grids of no voxels can't be resized to others, nor others to them.
+void check_resizable(const Grid& from, const Grid& to, const char* name) {
+  STD_TORCH_CHECK((from.voxels() == 0) == (to.voxels() == 0), "attn_gate: ", name, " has a grid of ",
+                  from.voxels(), " voxels, which can't be resized to ", to.voxels());
+}
+
 enum class Storage { contiguous, channels_last, other };
 Storage storage_of(const Tensor& t) {
   if (t.is_contiguous()) return Storage::contiguous;
@@ -205,9 +211,11 @@ struct Call {
     p.phi = input(*phi, "phi");
     STD_TORCH_CHECK(p.phi.channels == p.inter, "attn_gate: phi has ", p.phi.channels, " channels, theta has ",
                     p.inter);
+    check_resizable(p.phi.grid, p.coarse, "phi");
   }
   // The output of gate and attention_gate: y and alpha; without a mode, alpha are the logits.
   void take_alpha_mode(const std::string& mode) {
+    check_resizable(p.coarse, p.fine, "alpha");
     p.alpha_resize = p.same_grid() ? Resize::identity : resize_of(mode, "alpha_resize");
   }
   void take_alpha(const Tensor& alpha, const Ints& grid) {
@@ -404,6 +412,7 @@ struct Attention : Call {
     p.coarse = as_grid([&](int64_t i) { return coarse[size_t(i)]; });
     p.activation = activation_of(activation);
     p.phi_resize = resize_of(phi_resize, "phi_resize");
+    check_resizable(grid_of(g), p.coarse, "g");
     p.project = true;
   }
   bool phi_apart() const { return !(grid_of(g) == p.coarse); }

@@ -63,11 +63,11 @@ inline A horizontal_sum(Vec<A> v) {
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// exp to 2 ulp for |x| <= 87 (Cephes' polynomial); NaN stays NaN.
+// exp to 2 ulp for |x| <= 87 (Cephes' polynomial), inf above 88.4; NaN stays NaN.
 inline Vec<float> exponential(Vec<float> x) {
   using I = VectorOf<float>::integer;
   x = x < -87.f ? splat(-87.f) : x;
-  x = x > 87.f ? splat(87.f) : x;
+  x = x > 89.f ? splat(89.f) : x;
   Vec<float> shifted =
       x * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
   Vec<float> n = shifted - 12582912.f;
