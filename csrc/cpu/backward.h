@@ -13,8 +13,8 @@
 namespace attn_gate::cpu {
 namespace {
 
-constexpr int kPanel =
-    48;  // rows of the input a weight gradient panel covers: a multiple of kCols * lanes everywhere
+// Columns of the weight gradient that a panel covers: a multiple of kCols * lanes for every vector length.
+constexpr int kPanel = 48;
 
 // dx or dg rows [k0, k0 + rows) of the tile: out[k][v] = init + (W^T ds)[k][v]. `out` may hold the initial
 // value.
@@ -50,7 +50,7 @@ void project_back(const Worker<T>& work, const A* ds, int64_t k0, int64_t rows, 
 }
 
 template <class T>
-void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64_t n, int64_t v0,
+void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool begin, int64_t n, int64_t v0,
                     int64_t v1) {
   using A = Acc<T>;
   Worker<T> work(p, layout, true);
@@ -157,16 +157,18 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64
           for (int64_t i = 0; i < I; i += kRows) {
             const int64_t block = i / kBlock<A> * kBlock<A>;
             Vec<A> acc[kRows][kCols];
-            A* to = sums + i * layout.row_stride + k + q;
+            A* to = sums + (k / kPanel * Ip + i) * kPanel + q;
+            const bool first = begin && v == v0;
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-              for (int j = 0; j < kCols; ++j) acc[r][j] = load(to + r * layout.row_stride + j * kLanes<A>);
+              for (int j = 0; j < kCols; ++j)
+                acc[r][j] = first ? Vec<A>{} : load(to + r * kPanel + j * kLanes<A>);
             multiply<A, kCols>(ds_t + block * ld + (i - block), panel + q, kPanel, len, acc);
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-              for (int j = 0; j < kCols; ++j) store(to + r * layout.row_stride + j * kLanes<A>, acc[r][j]);
+              for (int j = 0; j < kCols; ++j) store(to + r * kPanel + j * kLanes<A>, acc[r][j]);
           }
       }
     }
@@ -188,10 +190,12 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, int64
     }
   }
   for (int64_t i = 0; i < I; ++i) {
-    sums[layout.bias_at + i] += horizontal_sum<A>(load(bias_sums + i * kLanes<A>));
-    sums[layout.psi_at + i] += horizontal_sum<A>(load(psi_sums + i * kLanes<A>));
+    A &bias = sums[layout.bias_at + i], &psi = sums[layout.psi_at + i];
+    bias = (begin ? A(0) : bias) + horizontal_sum<A>(load(bias_sums + i * kLanes<A>));
+    psi = (begin ? A(0) : psi) + horizontal_sum<A>(load(psi_sums + i * kLanes<A>));
   }
-  sums[layout.psi_bias_at] += db;
+  A& psi_bias = sums[layout.psi_bias_at];
+  psi_bias = (begin ? A(0) : psi_bias) + db;
 }
 
 template <class T>

@@ -33,8 +33,9 @@ Layout layout_of(const Problem& p, bool backward) {
   const Packed<A> packed(p, backward);
   l.packed_elements = packed.elements();
   l.pack_units = packed.inter / kBlock<A> + (backward ? packed.depth / kBlock<A> : 0) + 1;
-  l.row_stride = p.weight_grads ? round_up(p.depth(), kPanel) : 0;
-  l.bias_at = packed.inter * l.row_stride;
+  l.panel = kPanel;
+  l.weight_rows = packed.inter;
+  l.bias_at = p.weight_grads ? packed.inter * round_up(p.depth(), kPanel) : 0;
   l.psi_at = l.bias_at + packed.inter;
   l.psi_bias_at = l.psi_at + packed.inter;
   l.partial_elements = round_up(l.psi_bias_at + 1, 16);
@@ -58,8 +59,9 @@ void apply(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
 void apply_backward(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
   with_dtype(p.dtype, [&](auto t) { apply_backward_rows<decltype(t)>(p, n, r0, r1); });
 }
-void backward(const Problem& p, const Layout& l, int64_t group, int64_t n, int64_t v0, int64_t v1) {
-  with_dtype(p.dtype, [&](auto t) { backward_tiles<decltype(t)>(p, l, group, n, v0, v1); });
+void backward(const Problem& p, const Layout& l, int64_t group, bool begin, int64_t n, int64_t v0,
+              int64_t v1) {
+  with_dtype(p.dtype, [&](auto t) { backward_tiles<decltype(t)>(p, l, group, begin, n, v0, v1); });
 }
 void gather_dalpha(const Problem& p, int64_t n, int64_t v0, int64_t v1) {
   with_dtype(p.dtype, [&](auto t) { gather_dalpha_voxels<decltype(t)>(p, n, v0, v1); });

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -261,22 +262,39 @@ struct Call {
     p.weight_grads = weight_grads;
     layout = kernels().layout(p, true);
     const int64_t groups = empty() ? 1 : groups_of(p, layout);
-    partial = torch::stable::new_zeros(like, Ints{groups * layout.partial_elements}, acc_dtype(like));
+    partial = new_acc({groups * layout.partial_elements});
     p.partial = partial.mutable_data_ptr();
-    if (empty()) return;
+    if (empty()) {
+      torch::stable::zero_(partial);
+      return;
+    }
     allocate_packed();
     run_backward(p, layout, groups);
   }
-  // rows x columns elements of the sums from `at` on, as a tensor; empty where it isn't wanted.
-  Tensor sum(bool wanted, int64_t at, int64_t rows, int64_t columns, const Ints& shape) const {
+  // `count` elements of the sums from `at` on; empty where they aren't wanted.
+  Tensor sum(bool wanted, int64_t at, int64_t count) const {
+    if (!wanted) return no_acc();
+    Tensor out = new_acc({count});
+    copy_sums(out, 0, at, count);
+    return out;
+  }
+  // Columns [k0, k0 + columns) of the weight gradient.
+  Tensor weight_sum(bool wanted, int64_t k0, int64_t columns, const Ints& shape) const {
     if (!wanted) return no_acc();
     Tensor out = new_acc(shape);
-    const int64_t size = int64_t(partial.element_size());
-    const char* from = static_cast<const char*>(partial.const_data_ptr()) + at * size;
-    char* to = static_cast<char*>(out.mutable_data_ptr());
-    for (int64_t r = 0; r < rows; ++r)
-      std::memcpy(to + r * columns * size, from + r * layout.row_stride * size, size_t(columns * size));
+    for (int64_t i = 0; i < p.inter; ++i)
+      for (int64_t k = k0; k < k0 + columns;) {
+        const int64_t inside = k % layout.panel, count = std::min(layout.panel - inside, k0 + columns - k);
+        copy_sums(out, i * columns + k - k0,
+                  (k / layout.panel * layout.weight_rows + i) * layout.panel + inside, count);
+        k += count;
+      }
     return out;
+  }
+  void copy_sums(const Tensor& out, int64_t to, int64_t from, int64_t count) const {
+    const int64_t size = p.dtype == DType::f64 ? 8 : 4;
+    std::memcpy(static_cast<char*>(out.mutable_data_ptr()) + to * size,
+                static_cast<const char*>(p.partial) + from * size, size_t(count * size));
   }
 };
 
@@ -316,8 +334,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> given_bwd(Call& call, const Tensor& t
   }
   if (need_phi && !resized) dphi = wants(needs, 0) ? torch::stable::clone(dtheta) : dtheta;
   return {wants(needs, 0) ? dtheta : call.no_map(), dphi,
-          call.sum(wants(needs, 2), call.layout.psi_at, 1, p.inter, {p.inter}),
-          call.sum(wants(needs, 3), call.layout.psi_bias_at, 1, 1, {1})};
+          call.sum(wants(needs, 2), call.layout.psi_at, p.inter),
+          call.sum(wants(needs, 3), call.layout.psi_bias_at, 1)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const MaybeTensor& dy, const MaybeTensor& dalpha,
@@ -476,7 +494,7 @@ struct Attention : Call {
     }
     backward(wants(needs, 2) || (need_phi && !apart));
     const int64_t taps_x = p.rows_x(), G = g.size(1);
-    Tensor dtheta_weight = sum(wants(needs, 2), 0, p.inter, taps_x, weight_shape());
+    Tensor dtheta_weight = weight_sum(wants(needs, 2), 0, taps_x, weight_shape());
     Ints phi_shape = sizes_of(phi_weight);
     if (through_phi) {
       Tensor dphi = new_map(g, p.inter, grid_sizes(g));
@@ -490,17 +508,17 @@ struct Attention : Call {
       other.p.ds = other.input(dphi, "dphi");
       if (need_g) other.p.dg = other.output(dg);
       other.backward(need_phi);
-      dphi_weight = other.sum(need_phi, 0, p.inter, G, phi_shape);
+      dphi_weight = other.weight_sum(need_phi, 0, G, phi_shape);
     } else if (!apart) {
-      dphi_weight = sum(need_phi, taps_x, p.inter, G, phi_shape);
+      dphi_weight = weight_sum(need_phi, taps_x, G, phi_shape);
     }
     return {dx,
             dg,
             dtheta_weight,
             dphi_weight,
-            sum(wants(needs, 4), layout.bias_at, 1, p.inter, {p.inter}),
-            sum(wants(needs, 5), layout.psi_at, 1, p.inter, {p.inter}),
-            sum(wants(needs, 6), layout.psi_bias_at, 1, 1, {1})};
+            sum(wants(needs, 4), layout.bias_at, p.inter),
+            sum(wants(needs, 5), layout.psi_at, p.inter),
+            sum(wants(needs, 6), layout.psi_bias_at, 1)};
   }
   Ints weight_shape() const {
     Ints shape{p.inter, like.size(1)};

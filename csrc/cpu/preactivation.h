@@ -49,8 +49,16 @@ void pack_unit(const Problem& p, bool backward, int64_t u) {
   if (backward && u < to.depth / B) {
     const int64_t k0 = u * B;
     A* dst = to.backward + k0 * I;
-    for (int64_t i = 0; i < I; ++i)
+    const int64_t width = k0 < rows_x ? rows_x : K - rows_x, from = k0 < rows_x ? k0 : k0 - rows_x;
+    const A* rows = static_cast<const A*>(k0 < rows_x ? p.theta_weight : p.phi_weight);
+    const bool whole = from + B <= width;  // all of one weight
+    for (int64_t i = 0; i < I; ++i) {
+      if (whole) {
+        std::memcpy(dst + i * B, rows + i * width + from, B * sizeof(A));
+        continue;
+      }
       for (int64_t r = 0; r < B; ++r) dst[i * B + r] = k0 + r < K ? source(i, k0 + r) : A(0);
+    }
     return;
   }
   for (int64_t i = 0; i < to.inter; ++i) {

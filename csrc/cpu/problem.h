@@ -81,10 +81,11 @@ struct Layout {
   int64_t tile = 0;             // coarse voxels a tile
   int64_t packed_elements = 0;  // of `packed`
   int64_t pack_units = 0;       // independent pieces of the packing
-  int64_t row_stride = 0;       // of the weight gradient [I, K] at the start of a group's sums
-  int64_t bias_at = 0, psi_at = 0,
-          psi_bias_at = 0;       // where d_bias [I], d_psi [I] and d_psi_bias [1] lie behind it
-  int64_t partial_elements = 0;  // of one group
+  // A group's sums: the weight gradient [I, K] in panels of `panel` columns, [K / panel][weight_rows][panel],
+  // then d_bias [I], d_psi [I] and d_psi_bias [1].
+  int64_t panel = 0, weight_rows = 0;
+  int64_t bias_at = 0, psi_at = 0, psi_bias_at = 0;
+  int64_t partial_elements = 0;
 };
 
 // One table per instruction set. [begin, end) are ranges of independent units, so any split gives the same
@@ -99,8 +100,9 @@ struct Kernels {
   void (*apply)(const Problem&, int64_t n, int64_t r0, int64_t r1);
   // Fine rows: dfine = sum_c dy * x, dx = dy * resize(alpha).
   void (*apply_backward)(const Problem&, int64_t n, int64_t r0, int64_t r1);
-  // Coarse voxels [v0, v1) of sample n, parameter gradients added to group `group`.
-  void (*backward)(const Problem&, const Layout&, int64_t group, int64_t n, int64_t v0, int64_t v1);
+  // Coarse voxels [v0, v1) of sample n; parameter gradients are added to the sums of `group`, or begin them.
+  void (*backward)(const Problem&, const Layout&, int64_t group, bool begin, int64_t n, int64_t v0,
+                   int64_t v1);
   // Coarse voxels: dalpha_out = resize^T(dfine).
   void (*gather_dalpha)(const Problem&, int64_t n, int64_t v0, int64_t v1);
   // Rows of the gating grid: dphi = resize^T(dtheta), all channels.

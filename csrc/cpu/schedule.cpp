@@ -149,9 +149,14 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
       rows_done = std::max(rows_done, need);
     }
     parallel(begin, end, [&](int64_t b, int64_t e) {
-      for (int64_t g = b; g < e; ++g)
+      for (int64_t g = b; g < e; ++g) {
+        bool first = true;
         for_runs(p, layout, tiles * g / groups, tiles * (g + 1) / groups,
-                 [&](int64_t n, int64_t v0, int64_t v1) { k.backward(p, layout, g, n, v0, v1); });
+                 [&](int64_t n, int64_t v0, int64_t v1) {
+                   k.backward(p, layout, g, first, n, v0, v1);
+                   first = false;
+                 });
+      }
     });
   }
   constexpr int64_t piece = 4096;
