@@ -1,10 +1,8 @@
-"""The fused operators made differentiable: by autograd Functions, and by rules for torch.compile, export and
-vmap.
+"""The fused operators made differentiable: by autograd Functions, and by rules for compile, export and vmap.
 
 Which way a call takes (each measured):
 - In eager mode a plain Function, whose `forward(ctx, ...)` costs the least per call.
-- Under torch.compile and export the operator itself, which has its rules attached by torch.library. vmap
-  alone uses them too.
+- Under torch.compile, export and vmap the operator itself, which has its rules attached by torch.library.
 - In forward mode, and under the torch.func transforms that differentiate, the eager twin: their backward must
   be differentiable, and would compute the twin anyway.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_gate import AttentionUNet
+from attn_gate.bench.memory import kept_bytes
 from attn_gate.demo.train import make_network, segmentation_loss
 
 BACKENDS = {"eager": "eager", "fused": "auto"}
@@ -111,25 +112,6 @@ class _Program:
         start = time.perf_counter()
         step()
         return (time.perf_counter() - start) * 1e3
-
-
-def kept_bytes(forward: Callable[[], object], held: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward`: each storage once, none of `held`."""
-    known = {t.untyped_storage().data_ptr() for t in held}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = (
-            forward()
-        )  # bound, so that nothing kept is freed and its address used again before the count is done
-    del result
-    return sum(kept.values())
 
 
 def _gate_inputs(network: AttentionUNet, image: Tensor) -> list[tuple[Tensor, Tensor]]:
