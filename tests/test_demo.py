@@ -21,7 +21,7 @@ pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("rich")
 
 from attn_gate.cli import main  # noqa: E402
-from attn_gate.demo import dicom, experiments, fetch, figures, measure, results, train  # noqa: E402
+from attn_gate.demo import dataset, dicom, experiments, fetch, figures, measure, results, train  # noqa: E402
 from attn_gate.demo.dataset import GUARD, SIZE, Batches, Slices, prepare, split  # noqa: E402
 from attn_gate.demo.dicom import Scan, rasterise, read_scans  # noqa: E402
 from attn_gate.demo.errors import DemoError  # noqa: E402
@@ -285,18 +285,21 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
 # --- the whole command ---
 
 
+def make_small(patch):
+    patch.setattr(dataset, "SIZE", 64)
+    patch.setattr(train, "CHANNELS", (4, 8, 16))
+    patch.setattr(experiments, "FAST_FLOAT64_STEPS", 2)
+    patch.setattr(measure, "REPEATS", 1)
+    patch.setattr(figures, "DPI", 40)
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The folder that `demo --fast --synthetic` writes, with fewer steps than a user would take."""
+    """The folder that `demo --fast --synthetic` writes; all as a user runs it, but smaller and shorter."""
     folder = tmp_path_factory.mktemp("demo") / "report"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two would wait for each other wherever other tests share the cores
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "FAST_FLOAT64_STEPS", 2)
-        patch.setattr(measure, "REPEATS", 1)
-        patch.setattr(figures, "DPI", 50)
+        make_small(patch)
         assert main(["demo", "--synthetic", "--fast", "--steps", "3", "--out", str(folder)]) == 0
-    torch.set_num_threads(threads)
     return folder
 
 
@@ -350,8 +353,7 @@ def test_ctrl_c_leaves_what_was_finished(tmp_path, monkeypatch, capsys):
     def stop(self, on_step):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiments, "FAST_FLOAT64_STEPS", 1)
-    monkeypatch.setattr(figures, "DPI", 50)
+    make_small(monkeypatch)
     monkeypatch.setattr(experiments.Demo, "_eager", stop)
     assert main(["demo", "--synthetic", "--fast", "--out", str(tmp_path)]) == 130
     assert "Interrupted" in (tmp_path / "report.html").read_text(encoding="utf-8")
