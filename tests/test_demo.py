@@ -20,8 +20,20 @@ pytest.importorskip("matplotlib")
 pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("rich")
 
+from matplotlib.figure import Figure  # noqa: E402
+
 from attn_gate.cli import main  # noqa: E402
-from attn_gate.demo import dataset, dicom, experiments, fetch, figures, measure, results, train  # noqa: E402
+from attn_gate.demo import (  # noqa: E402
+    dataset,
+    dicom,
+    experiments,
+    fetch,
+    figures,
+    measure,
+    pictures,
+    results,
+    train,
+)
 from attn_gate.demo.dataset import GUARD, SIZE, Batches, Slices, prepare, split  # noqa: E402
 from attn_gate.demo.dicom import Scan, rasterise, read_scans  # noqa: E402
 from attn_gate.demo.errors import DemoError  # noqa: E402
@@ -374,3 +386,12 @@ def test_failure_is_one_line_and_an_exit_code(case, tmp_path, capsys):
     out = tmp_path / (fetch.WHEEL if case == "no folder" else "report")
     assert main(["demo", "--out", str(out), "--data", str(tmp_path)]) == 1
     assert re.fullmatch(r"attn_gate demo: .+\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("style", list(pictures.STYLES.values()))
+def test_contours_are_drawn_in_every_style(style):
+    axes = Figure().subplots()
+    mask = torch.zeros(9, 9)
+    mask[3:6, 3:6] = 1
+    pictures._contour(axes, mask.numpy(), "red", style)
+    assert len(axes.collections) == 1

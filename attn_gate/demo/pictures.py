@@ -131,7 +131,7 @@ def _show_ct(axes: Axes, image: np.ndarray) -> None:
 
 def _contour(axes: Axes, mask: np.ndarray, colour: str, style: str | tuple = "-") -> None:
     if mask.min() < 0.5 < mask.max():
-        axes.contour(mask, [0.5], colors=[colour], linewidths=1.3, linestyles=style)
+        axes.contour(mask, [0.5], colors=[colour], linewidths=1.3, linestyles=[style])
 
 
 def _close_up(truth: np.ndarray) -> tuple[slice, slice]:
