@@ -59,7 +59,7 @@ class Demo:
             training_slices=len(training),
             parameters=sum(p.numel() for p in train.make_network("eager").parameters()),
             held_out=held_out,
-            shown=_with_most_tumour(held_out),
+            shown=with_most_tumour(held_out),
             fused_backend=backends.choose("auto", training.image),
         )
 
@@ -131,9 +131,9 @@ class Demo:
         )
 
     def _write(self) -> None:
+        write_tables(self.results, self.directory)
         with self.console.status("drawing"), self._timed("drawing"):
             drawn = dict(figures.draw_all(self.results, self.directory))
-        write_tables(self.results, self.directory)
         write(self.directory / "report.html", report.page(self.results, drawn))
 
     @contextmanager
@@ -145,7 +145,7 @@ class Demo:
             self.results.seconds[name] = time.perf_counter() - start
 
 
-def _with_most_tumour(held_out: Slices) -> np.ndarray:
+def with_most_tumour(held_out: Slices) -> np.ndarray:
     """Of each patient the index of the held-out slice with most tumour."""
     area = held_out.truth.flatten(1).sum(1).numpy()
     patients = [np.flatnonzero(held_out.patient == p) for p in np.unique(held_out.patient)]
