@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from attn_gate.eager import Parts
 from attn_gate.norms import FOLDABLE
 
 _LAYERS = ("theta", "phi", "psi")
@@ -45,7 +46,7 @@ class FoldCache:
     def __init__(self) -> None:
         self._entry: tuple[tuple[Source, ...], Folded] | None = None
 
-    def folded(self, parts: nn.Module) -> Folded:
+    def folded(self, parts: Parts) -> Folded:
         """The folded weights of a gate with layers theta, phi, psi and norms theta_norm, phi_norm, psi_norm.
 
         Norms that can't be folded (see `is_foldable`) are left out. Differentiable where any parameter asks
@@ -89,18 +90,18 @@ def has_hooks(layer: nn.Module) -> bool:
     )
 
 
-def _foldable_norm(parts: nn.Module, layer: str) -> _BatchNorm | None:
+def _foldable_norm(parts: Parts, layer: str) -> _BatchNorm | None:
     norm = getattr(parts, f"{layer}_norm")
     return norm if is_foldable(norm) else None
 
 
-def _fold(parts: nn.Module) -> Folded:
+def _fold(parts: Parts) -> Folded:
     (theta, theta_bias), (phi, phi_bias), (psi, psi_bias) = (fold_layer(parts, layer) for layer in _LAYERS)
     bias = phi_bias if theta_bias is None else theta_bias if phi_bias is None else theta_bias + phi_bias
     return Folded(theta, phi, psi, bias, psi_bias)
 
 
-def fold_layer(parts: nn.Module, layer: str) -> tuple[Tensor, Tensor | None]:
+def fold_layer(parts: Parts, layer: str) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the convolution `layer`, and of the norm behind it if that folds.
 
     Differentiable. What is folded comes out in float32 at least, whatever the dtype of the parameters.
@@ -120,7 +121,7 @@ def fold_layer(parts: nn.Module, layer: str) -> tuple[Tensor, Tensor | None]:
     return weight * scale.view(-1, *(1,) * (weight.ndim - 1)), shift
 
 
-def _sources(parts: nn.Module) -> Iterator[Source]:
+def _sources(parts: Parts) -> Iterator[Source]:
     """Everything that a fold depends on, a norm that isn't folded being absent."""
     for layer in _LAYERS:
         conv, norm = getattr(parts, layer), _foldable_norm(parts, layer)

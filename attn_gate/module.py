@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from attn_gate import eager, functional
-from attn_gate.folding import FoldCache, fold_layer, has_hooks, is_foldable
+from attn_gate import engine
+from attn_gate.folding import FoldCache
 from attn_gate.norms import make_norm
 from attn_gate.spec import Fusion, GateSpec
 
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_CONVOLUTIONS = (*engine.CONVOLUTIONS.values(), *_TRANSPOSED.values())
 _INITS = ("default", "paper")
 
 
@@ -90,7 +89,7 @@ class AttentionGate(nn.Module):
         self.recompute = recompute
         self._fold_cache = FoldCache()
 
-        conv = _CONV[spec.spatial_dims]
+        conv = engine.CONVOLUTIONS[spec.spatial_dims]
         # The zeros of "same" aren't symmetric; eager.pad puts them.
         padding = [(k - 1) // 2 if spec.theta_padding == "symmetric" else 0 for k in spec.theta_kernel]
         self.theta = conv(
@@ -141,7 +140,7 @@ class AttentionGate(nn.Module):
             if layer is self or not hasattr(layer, "reset_parameters"):
                 continue
             layer.reset_parameters()
-            if init == "paper" and isinstance(layer, tuple(_CONV.values()) + tuple(_TRANSPOSED.values())):
+            if init == "paper" and isinstance(layer, _CONVOLUTIONS):
                 nn.init.kaiming_normal_(layer.weight, a=0, mode="fan_in")
             elif init == "paper":
                 nn.init.normal_(layer.weight, 1.0, 0.02)
@@ -157,29 +156,14 @@ class AttentionGate(nn.Module):
             ValueError: ranks, batches, channels, devices or grids don't fit.
         """
         self._check(x, g)
-        fusion = Fusion("eager", "backend='eager'") if self.backend == "eager" else self.fusion(x)
-        if fusion.plan.startswith("whole"):
-            y, alpha = self._whole(x, g, logits=fusion.plan == "whole_logits")
-        elif fusion.plan.startswith("chain"):
-            y, alpha = self._chain(x, g, logits=fusion.plan == "chain_logits")
-        else:
-            alpha = eager.attention(self.spec, self, x, g)
-            y = self._weigh(x, alpha) if fusion.plan == "apply" else eager.weigh(self.spec, x, alpha)
-        y = eager.transform(self, y)
+        y, alpha = engine.run(
+            self.spec, self, x, g, backend=self.backend, recompute=self.recompute, cache=self._fold_cache
+        )
         return (y, alpha) if return_attention else y
 
     def fusion(self, x: Tensor | None = None) -> Fusion:
         """What of this gate fused operators compute now, and why not more; x adds what its size decides."""
-        unfused = [name for name in ("theta", "phi", "psi") if not self._is_plain(name)]
-        for name in ("theta_norm", "phi_norm", "psi_norm"):
-            norm = getattr(self, name)
-            if norm is not None and not is_foldable(norm):
-                unfused.append(name)
-        if x is not None and self.spec.theta_padding == "same":
-            size = x.shape[2:]
-            if any(map(any, self.spec.theta_pads(size))):
-                unfused.append("theta")
-        return self.spec.fusion(unfused)
+        return engine.fusion(self.spec, self, x)
 
     def extra_repr(self) -> str:
         defaults = GateSpec(spatial_dims=self.spec.spatial_dims)
@@ -188,55 +172,6 @@ class AttentionGate(nn.Module):
         channels = f"{self.in_channels}, {self.gating_channels}, {self.inter_channels}"
         dims, backend = f"spatial_dims={self.spec.spatial_dims}", f"backend={self.backend!r}"
         return ", ".join([channels, dims, *told, backend])
-
-    def _whole(self, x: Tensor, g: Tensor, *, logits: bool) -> tuple[Tensor, Tensor]:
-        spec = self.spec
-        inputs = (eager.input_of_theta(spec, x, g), g, *self._fold_cache.folded(self))
-        options = {
-            "stride": spec.theta_stride,
-            "phi_resize": eager.kernel_resize(spec.phi_resize),
-            "activation": spec.activation,
-            "recompute": self.recompute,
-            "backend": self.backend,
-        }
-        if logits:
-            return self._finish(x, functional.attention_logits(*inputs, **options))
-        options["alpha_resize"] = eager.kernel_resize(spec.alpha_resize)
-        return functional.attention_gate(*inputs, **options)
-
-    def _chain(self, x: Tensor, g: Tensor, *, logits: bool) -> tuple[Tensor, Tensor]:
-        spec = self.spec
-        theta, phi = eager.project_x(spec, self, x, g), eager.project_g(spec, self, g)
-        if torch.is_grad_enabled() and (theta.requires_grad or phi.requires_grad):
-            # Added here the operator keeps one map of I channels for its backward pass, not two.
-            theta, phi = eager.combine(spec, theta, phi), None
-        if not torch.is_autocast_enabled(x.device.type):
-            theta, phi = theta.to(x.dtype), None if phi is None else phi.to(x.dtype)
-        inputs = (theta, phi, *fold_layer(self, "psi"))
-        options = {
-            "phi_resize": eager.kernel_resize(spec.phi_resize),
-            "activation": spec.activation,
-            "backend": self.backend,
-        }
-        if logits:
-            return self._finish(x, functional.gate_logits(*inputs, **options))
-        options["alpha_resize"] = eager.kernel_resize(spec.alpha_resize)
-        return functional.gate(x, *inputs, **options)
-
-    def _finish(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        norm = None if is_foldable(self.psi_norm) else self.psi_norm
-        alpha = eager.finish_logits(self.spec, norm, logits)
-        return self._weigh(x, alpha), alpha
-
-    def _weigh(self, x: Tensor, alpha: Tensor) -> Tensor:
-        mode = eager.kernel_resize(self.spec.alpha_resize)
-        return functional.apply_attention(x, alpha, alpha_resize=mode, backend=self.backend)
-
-    def _is_plain(self, name: str) -> bool:
-        """Whether the fused operators may use the parameters of this layer in place of calling it."""
-        layer = getattr(self, name)
-        # The exact class: a parametrised, quantised or otherwise wrapped convolution is a subclass.
-        return type(layer) is _CONV[self.spec.spatial_dims] and not has_hooks(layer)
 
     def _check(self, x: Tensor, g: Tensor) -> None:
         spec = self.spec

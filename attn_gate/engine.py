@@ -1,0 +1,117 @@
+"""Which fused operators take a gate, and the run of them.
+
+Functions of a GateSpec, the gate's layers and the two maps. The layers come as any object with the attributes
+of `eager.Parts`: AttentionGate is one, and a gate of another library seen through its adapter is another.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attn_gate import eager, functional
+from attn_gate.eager import Parts
+from attn_gate.folding import FoldCache, fold_layer, has_hooks, is_foldable
+from attn_gate.spec import Fusion, GateSpec
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def fusion(spec: GateSpec, parts: Parts, x: Tensor | None = None) -> Fusion:
+    """What of this gate fused operators compute now, and why not more; x adds what its size decides."""
+    unfused = [name for name in ("theta", "phi", "psi") if not _is_plain(spec, getattr(parts, name))]
+    for name in ("theta_norm", "phi_norm", "psi_norm"):
+        norm = getattr(parts, name)
+        if norm is not None and not is_foldable(norm):
+            unfused.append(name)
+    if x is not None and spec.theta_padding == "same" and any(map(any, spec.theta_pads(x.shape[2:]))):
+        unfused.append("theta")
+    return spec.fusion(unfused)
+
+
+def run(
+    spec: GateSpec,
+    parts: Parts,
+    x: Tensor,
+    g: Tensor,
+    *,
+    backend: str,
+    recompute: str | bool,
+    cache: FoldCache,
+) -> tuple[Tensor, Tensor]:
+    """The whole described gate: y [N, C, *S] (behind the output transform) and alpha [N, 1 or C, *R].
+
+    backend, recompute: as in AttentionGate. cache: keeps the folded batch norms of these parts.
+    """
+    plan = "eager" if backend == "eager" else fusion(spec, parts, x).plan
+    if plan.startswith("whole"):
+        y, alpha = _whole(spec, parts, x, g, plan == "whole_logits", backend, recompute, cache)
+    elif plan.startswith("chain"):
+        y, alpha = _chain(spec, parts, x, g, plan == "chain_logits", backend)
+    else:
+        alpha = eager.attention(spec, parts, x, g)
+        y = _weigh(spec, x, alpha, backend) if plan == "apply" else eager.weigh(spec, x, alpha)
+    return eager.transform(parts, y), alpha
+
+
+def _whole(
+    spec: GateSpec,
+    parts: Parts,
+    x: Tensor,
+    g: Tensor,
+    logits: bool,
+    backend: str,
+    recompute: str | bool,
+    cache: FoldCache,
+) -> tuple[Tensor, Tensor]:
+    inputs = (eager.input_of_theta(spec, x, g), g, *cache.folded(parts))
+    options = {
+        "stride": spec.theta_stride,
+        "phi_resize": eager.kernel_resize(spec.phi_resize),
+        "activation": spec.activation,
+        "recompute": recompute,
+        "backend": backend,
+    }
+    if logits:
+        return _finish(spec, parts, x, functional.attention_logits(*inputs, **options), backend)
+    options["alpha_resize"] = eager.kernel_resize(spec.alpha_resize)
+    return functional.attention_gate(*inputs, **options)
+
+
+def _chain(
+    spec: GateSpec, parts: Parts, x: Tensor, g: Tensor, logits: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    theta, phi = eager.project_x(spec, parts, x, g), eager.project_g(spec, parts, g)
+    if torch.is_grad_enabled() and (theta.requires_grad or phi.requires_grad):
+        # Added here the operator keeps one map of I channels for its backward pass, not two.
+        theta, phi = eager.combine(spec, theta, phi), None
+    if not torch.is_autocast_enabled(x.device.type):
+        theta, phi = theta.to(x.dtype), None if phi is None else phi.to(x.dtype)
+    inputs = (theta, phi, *fold_layer(parts, "psi"))
+    options = {
+        "phi_resize": eager.kernel_resize(spec.phi_resize),
+        "activation": spec.activation,
+        "backend": backend,
+    }
+    if logits:
+        return _finish(spec, parts, x, functional.gate_logits(*inputs, **options), backend)
+    options["alpha_resize"] = eager.kernel_resize(spec.alpha_resize)
+    return functional.gate(x, *inputs, **options)
+
+
+def _finish(spec: GateSpec, parts: Parts, x: Tensor, logits: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """The norm of psi where it isn't folded, the normaliser and the product."""
+    norm = None if is_foldable(parts.psi_norm) else parts.psi_norm
+    alpha = eager.finish_logits(spec, norm, logits)
+    return _weigh(spec, x, alpha, backend), alpha
+
+
+def _weigh(spec: GateSpec, x: Tensor, alpha: Tensor, backend: str) -> Tensor:
+    mode = eager.kernel_resize(spec.alpha_resize)
+    return functional.apply_attention(x, alpha, alpha_resize=mode, backend=backend)
+
+
+def _is_plain(spec: GateSpec, layer: nn.Module) -> bool:
+    """Whether the fused operators may use the parameters of this layer in place of calling it."""
+    # The exact class: a parametrised, quantised or otherwise wrapped convolution is a subclass.
+    return type(layer) is CONVOLUTIONS[spec.spatial_dims] and not has_hooks(layer)
