@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -115,28 +115,46 @@ def _gradients_of_whole(
     return _like(x, wanted[0]), _like(g, wanted[1]), *gradients
 
 
-@torch.library.register_fake("attn_gate::gate_fwd")
+_FAKES: dict[str, Callable] = {}
+
+
+def _fake(name: str) -> Callable[[Callable], Callable]:
+    """Marks what the operator of this name returns, in shape, dtype and strides."""
+
+    def keep(function: Callable) -> Callable:
+        return _FAKES.setdefault(name, function)
+
+    return keep
+
+
+def register_fakes(namespace: str) -> None:
+    """Tells tracers what the operators of this namespace return."""
+    for name, function in _FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", function)
+
+
+@_fake("gate_fwd")
 def _(x, theta, phi, psi_weight, psi_bias, phi_resize, alpha_resize, activation):
     return _like(x), _channel(x, theta.shape[2:])
 
 
-@torch.library.register_fake("attn_gate::gate_bwd")
+@_fake("gate_bwd")
 def _(dy, dalpha, x, theta, phi, psi_weight, alpha, phi_resize, alpha_resize, activation, needs):
     need_x, *others = _wanted(needs, 5)
     return _like(x, need_x), *_gradients_of_chain(theta, phi, others)
 
 
-@torch.library.register_fake("attn_gate::gate_logits_fwd")
+@_fake("gate_logits_fwd")
 def _(theta, phi, psi_weight, psi_bias, phi_resize, activation):
     return _channel(theta, theta.shape[2:])
 
 
-@torch.library.register_fake("attn_gate::gate_logits_bwd")
+@_fake("gate_logits_bwd")
 def _(dlogits, theta, phi, psi_weight, phi_resize, activation, needs):
     return _gradients_of_chain(theta, phi, _wanted(needs, 4))
 
 
-@torch.library.register_fake("attn_gate::attention_gate_fwd")
+@_fake("attention_gate_fwd")
 def _(
     x, g, theta_weight, phi_weight, bias, psi_weight, psi_bias,
     stride, phi_resize, alpha_resize, activation, store,
@@ -145,7 +163,7 @@ def _(
     return _like(x), _channel(x, grid), _preactivation(x, theta_weight.shape[0], grid, store)
 
 
-@torch.library.register_fake("attn_gate::attention_gate_bwd")
+@_fake("attention_gate_bwd")
 def _(
     dy, dalpha, x, g, theta_weight, phi_weight, bias, psi_weight, alpha, preact,
     stride, phi_resize, alpha_resize, activation, needs,
@@ -153,13 +171,13 @@ def _(
     return _gradients_of_whole(x, g, theta_weight, phi_weight, _wanted(needs, 7))
 
 
-@torch.library.register_fake("attn_gate::attention_logits_fwd")
+@_fake("attention_logits_fwd")
 def _(x, g, theta_weight, phi_weight, bias, psi_weight, psi_bias, stride, phi_resize, activation, store):
     grid = _coarse(x, theta_weight, stride)
     return _channel(x, grid), _preactivation(x, theta_weight.shape[0], grid, store)
 
 
-@torch.library.register_fake("attn_gate::attention_logits_bwd")
+@_fake("attention_logits_bwd")
 def _(
     dlogits, x, g, theta_weight, phi_weight, bias, psi_weight, preact,
     stride, phi_resize, activation, needs,
@@ -167,12 +185,15 @@ def _(
     return _gradients_of_whole(x, g, theta_weight, phi_weight, _wanted(needs, 7))
 
 
-@torch.library.register_fake("attn_gate::gate_apply_fwd")
+@_fake("gate_apply_fwd")
 def _(x, alpha, alpha_resize):
     return _like(x)
 
 
-@torch.library.register_fake("attn_gate::gate_apply_bwd")
+@_fake("gate_apply_bwd")
 def _(dy, x, alpha, alpha_resize, needs):
     need_x, need_alpha = _wanted(needs, 2)
     return _like(x, need_x), _parameter(x, alpha.shape, need_alpha)
+
+
+register_fakes("attn_gate")

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
-from ._library import ops
 from .operators import ATTENTION_GATE, OPERATORS, Operator, as_tuple
 
 
@@ -34,7 +33,7 @@ def call(op: Operator, *args: Any) -> tuple[Tensor, ...]:
     if forward_ad._current_level >= 0:
         return op.twin(*args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[: op.tensors]):
-        return _FUNCTIONS[op.name].apply(*args)[: op.outputs]
+        return _FUNCTIONS[op.namespace, op.name].apply(*args)[: op.outputs]
     with _below_autograd():
         return op.forward(*args)[: op.outputs]
 
@@ -130,10 +129,10 @@ def _make_function(op: Operator) -> type[torch.autograd.Function]:
     return Function
 
 
-_FUNCTIONS = {op.name: _make_function(op) for op in OPERATORS}
+_FUNCTIONS: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 
 
-class AttentionGateFunction(_FUNCTIONS["attention_gate"]):
+class AttentionGateFunction(_make_function(ATTENTION_GATE)):
     """The whole gate as a torch.autograd.Function; `attn_gate.functional.attention_gate` is the checked way
     to it.
 
@@ -149,14 +148,12 @@ class AttentionGateFunction(_FUNCTIONS["attention_gate"]):
     """
 
 
-_FUNCTIONS[ATTENTION_GATE.name] = AttentionGateFunction
-
-
 # ------------------------------------------------------------------------------- torch.compile, export, vmap
 
 
 def _register(op: Operator) -> None:
-    forward, backward = f"attn_gate::{op.name}_fwd", f"attn_gate::{op.name}_bwd"
+    forward, backward = f"{op.namespace}::{op.name}_fwd", f"{op.namespace}::{op.name}_bwd"
+    ops = getattr(torch.ops, op.namespace)
 
     def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         _save(op, ctx, inputs, as_tuple(output))
@@ -182,5 +179,11 @@ def _register(op: Operator) -> None:
     torch.library.register_vmap(backward, vmap_backward)
 
 
+def make_differentiable(op: Operator) -> None:
+    """Once for every operator, in each namespace that has it."""
+    _FUNCTIONS[op.namespace, op.name] = AttentionGateFunction if op == ATTENTION_GATE else _make_function(op)
+    _register(op)
+
+
 for _op in OPERATORS:
-    _register(_op)
+    make_differentiable(_op)

@@ -7,31 +7,59 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import _library
 
-BACKENDS = ("auto", "cpu", "cuda", "triton", "eager")
 _VARIABLE = "ATTN_GATE_BACKEND"
 _log = logging.getLogger("attn_gate")
 
 
-def why_not(backend: str, device: torch.device) -> str:
-    """Why this backend can't run on tensors of this device; empty where it can."""
-    if backend == "eager":
-        return ""
-    if backend == "cpu":
-        return "" if device.type == "cpu" else f"the C++ kernels run on CPU tensors; these are on {device}"
-    if backend == "cuda":
-        elsewhere = "" if device.type == "cuda" else f"the tensors are on {device}"
-        return _library.why_no_cuda_library or elsewhere
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators.
+
+    Attributes:
+        name: what users call it.
+        namespace: its operators are torch.ops.{namespace}.*; empty: the eager twins.
+        why_not: (device, dtype of the maps) -> why it can't run on such tensors; empty where it can.
+    """
+
+    name: str
+    namespace: str
+    why_not: Callable[[torch.device, torch.dtype], str]
+
+
+def _why_not_cpu(device: torch.device, dtype: torch.dtype) -> str:
+    return "" if device.type == "cpu" else f"the C++ kernels run on CPU tensors; these are on {device}"
+
+
+def _why_not_cuda(device: torch.device, dtype: torch.dtype) -> str:
+    elsewhere = "" if device.type == "cuda" else f"the tensors are on {device}"
+    return _library.why_no_cuda_library or elsewhere
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     return "this version of attn_gate has no Triton kernels"
 
 
-def choose(backend: str, x: Tensor) -> str:
-    """The backend that runs on x: `backend` itself, or for "auto" the first that can.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "attn_gate", _why_not_cpu),
+        Backend("cuda", "attn_gate", _why_not_cuda),
+        Backend("triton", "attn_gate_triton", _why_not_triton),
+        Backend("eager", "", lambda device, dtype: ""),
+    )
+}
+
+
+def choose(backend: str, x: Tensor, operator: str = "attention_gate") -> str:
+    """The backend that computes this operator of x: `backend` itself, or for "auto" the first that can.
 
     The environment variable ATTN_GATE_BACKEND takes the place of "auto".
 
@@ -41,14 +69,15 @@ def choose(backend: str, x: Tensor) -> str:
     argument = "backend"
     if backend == "auto" and os.environ.get(_VARIABLE):
         argument, backend = f"the environment variable {_VARIABLE}", os.environ[_VARIABLE]
-    if backend not in BACKENDS:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     if backend != "auto":
-        if reason := why_not(backend, x.device):
+        if backend not in BACKENDS:
+            choices = ", ".join(map(repr, ("auto", *BACKENDS)))
+            raise ValueError(f"{argument} must be one of {choices}; got {backend!r}")
+        if reason := BACKENDS[backend].why_not(x.device, x.dtype):
             raise ValueError(f"{argument} is {backend!r}, which can't be used: {reason}; use 'auto'")
         return backend
-    for candidate in ("cpu",) if x.device.type == "cpu" else ("cuda", "triton"):
-        reason = why_not(candidate, x.device)
+    for candidate in _preferred(x.device, operator):
+        reason = BACKENDS[candidate].why_not(x.device, x.dtype)
         if not reason:
             return candidate
         if not torch.compiler.is_compiling():  # a logger would break the graph
@@ -56,12 +85,24 @@ def choose(backend: str, x: Tensor) -> str:
     return "eager"
 
 
+def _preferred(device: torch.device, operator: str) -> tuple[str, ...]:
+    """The kernels for this device, that with the least memory traffic first.
+
+    Triton's whole gate reads x and g and writes y; the CUDA one adds theta and phi, written by PyTorch's
+    convolutions and read by the chain. The chain itself moves the same bytes in both; CUDA's needs no
+    compilation at run time.
+    """
+    if device.type == "cpu":
+        return ("cpu",)
+    return ("triton", "cuda") if operator.startswith("attention") else ("cuda", "triton")
+
+
 def report() -> list[tuple[str, bool, str]]:
     """(name, usable on this machine, remark or reason why not), for `python -m attn_gate info`."""
     rows = [("cpu", True, f"C++, {_library.cpu_isa()} instructions")]
-    for backend in ("cuda", "triton"):
-        reason = why_not(backend, torch.device("cuda"))
+    for name in ("cuda", "triton"):
+        reason = BACKENDS[name].why_not(torch.device("cuda"), torch.float32)
         if not reason and not torch.cuda.is_available():
             reason = "torch sees no GPU"
-        rows.append((backend, not reason, reason))
+        rows.append((name, not reason, reason))
     return [*rows, ("eager", True, "the PyTorch reference, on every device")]

@@ -209,8 +209,10 @@ def _run(
     if _autocast_dtype(first) is not None:
         with torch.autocast(first.device.type, enabled=False):
             return _run(op, backend, tensors, *options)
-    if backends.choose(backend, first) == "eager":
+    namespace = backends.BACKENDS[backends.choose(backend, first, op.name)].namespace
+    if not namespace:
         return op.twin(*tensors, *options)
+    op = operators.BY_NAMESPACE[namespace][op.name]
     dtype = reference.accumulation_dtype(first)
     parameters = [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors[op.maps :]]
     if first.ndim > 3:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import reference
-from ._library import ops
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Operator:
     """One operator: `tensors` inputs that may need gradients, then options that are no tensors.
 
     Attributes:
-        name: of the registered operators attn_gate::{name}_fwd and attn_gate::{name}_bwd.
+        name: of the registered operators {namespace}::{name}_fwd and {namespace}::{name}_bwd.
         tensors: how many of the arguments are tensors (or None); they come first.
         maps: how many of those carry the batch; they come first, parameters after them.
         outputs: how many results are differentiable; what forward stores for backward comes after them.
         kept: indices of the results that backward reads.
-        backward: (grads, tensors, kept results, options, needs) -> a gradient per tensor, empty where bit i
-            of needs is 0.
+        backward_arguments: (grads, tensors, kept results, options) -> those of {name}_bwd, but for `needs`.
         twin: (*tensors, *options) -> the differentiable results, in eager PyTorch.
+        namespace: "attn_gate" for the native kernels of every device; see `namespaces`.
     """
 
     name: str
@@ -36,12 +36,23 @@ class Operator:
     maps: int
     outputs: int
     kept: tuple[int, ...]
-    backward: Callable[..., Sequence[Tensor]]
+    backward_arguments: Callable[..., tuple]
     twin: Callable[..., tuple[Tensor, ...]]
+    namespace: str = "attn_gate"
 
     def forward(self, *args: Any) -> tuple[Tensor, ...]:
         """All results of the kernel."""
-        return as_tuple(getattr(ops, f"{self.name}_fwd").default(*args))
+        return as_tuple(self._registered("fwd")(*args))
+
+    def backward(
+        self, grads: Sequence, tensors: Sequence, kept: Sequence, options: tuple, needs: int
+    ) -> tuple:
+        """A gradient for each of `tensors`, empty where its bit of `needs` is 0."""
+        arguments = self.backward_arguments(grads, tensors, kept, options)
+        return as_tuple(self._registered("bwd")(*arguments, needs))
+
+    def _registered(self, direction: str) -> Any:
+        return getattr(getattr(torch.ops, self.namespace), f"{self.name}_{direction}").default
 
 
 def as_tuple(results: Any) -> tuple:
@@ -96,26 +107,25 @@ def _apply(x, alpha, alpha_resize):
 # psi's bias matters to no gradient.
 GATE = Operator(
     "gate", tensors=5, maps=3, outputs=2, kept=(1,), twin=_gate,
-    backward=lambda grads, t, kept, options, needs: ops.gate_bwd(*grads, *t[:4], *kept, *options, needs),
+    backward_arguments=lambda grads, t, kept, options: (*grads, *t[:4], *kept, *options),
 )  # fmt: skip
 GATE_LOGITS = Operator(
     "gate_logits", tensors=4, maps=2, outputs=1, kept=(), twin=_gate_logits,
-    backward=lambda grads, t, kept, options, needs: ops.gate_logits_bwd(*grads, *t[:3], *options, needs),
+    backward_arguments=lambda grads, t, kept, options: (*grads, *t[:3], *options),
 )  # fmt: skip
 ATTENTION_GATE = Operator(
     "attention_gate", tensors=7, maps=2, outputs=2, kept=(1, 2), twin=_attention_gate,
-    backward=lambda grads, t, kept, options, needs: ops.attention_gate_bwd(
-        *grads, *t[:6], *kept, *options[:-1], needs
-    ),
+    backward_arguments=lambda grads, t, kept, options: (*grads, *t[:6], *kept, *options[:-1]),
 )  # fmt: skip
 ATTENTION_LOGITS = Operator(
     "attention_logits", tensors=7, maps=2, outputs=1, kept=(1,), twin=_attention_logits,
-    backward=lambda grads, t, kept, options, needs: ops.attention_logits_bwd(
-        *grads, *t[:6], *kept, *options[:-1], needs
-    ),
+    backward_arguments=lambda grads, t, kept, options: (*grads, *t[:6], *kept, *options[:-1]),
 )  # fmt: skip
 GATE_APPLY = Operator(
     "gate_apply", tensors=2, maps=2, outputs=1, kept=(), twin=_apply,
-    backward=lambda grads, t, kept, options, needs: ops.gate_apply_bwd(*grads, *t, *options, needs),
+    backward_arguments=lambda grads, t, kept, options: (*grads, *t, *options),
 )  # fmt: skip
 OPERATORS = (GATE, GATE_LOGITS, ATTENTION_GATE, ATTENTION_LOGITS, GATE_APPLY)
+
+# namespace -> name -> operator: a backend beside the native kernels adds a namespace of its own.
+BY_NAMESPACE = {"attn_gate": {op.name: op for op in OPERATORS}}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from matrix import DTYPES, LARGE, LAYOUTS, compare, results
 from torch.testing import assert_close
 
-from attn_gate import backends, functional, reference
+from attn_gate import backends, functional, namespaces, reference
 from attn_gate._library import cpu_isa
 from attn_gate.cases import CASES, OPERATORS, GateCase, channels_last
 from attn_gate.reference import ACTIVATIONS, RESIZE_MODES
@@ -541,7 +541,7 @@ def test_devices_without_kernels_run_eager(operator, caplog):
     with caplog.at_level(logging.DEBUG, logger="attn_gate"):
         outputs = function(**tensors, **options)
     skipped = [record.getMessage() for record in caplog.records]
-    assert [message.split(" is skipped: ")[0] for message in skipped] == ["backend cuda", "backend triton"]
+    assert sorted(m.split(" is skipped: ")[0] for m in skipped) == ["backend cuda", "backend triton"]
     assert (outputs if isinstance(outputs, torch.Tensor) else outputs[0]).device.type == "meta"
     torch.compile(function, fullgraph=True, backend="eager")(**tensors, **options)
 
@@ -554,6 +554,44 @@ def test_every_device_and_backend_of_one_interface(operator):
         found = results(getattr(functional, operator), tensors, backend="eager", **case.options(operator))
         expected = results(getattr(reference, operator), tensors, **case.options(operator))
         assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+@pytest.fixture(scope="module")
+def beside():
+    """A backend beside the native one: the CPU kernels once more, under another namespace."""
+    calls = []
+
+    def implementation(name):
+        calls.append(name)
+        return getattr(torch.ops.attn_gate, name).default
+
+    namespaces.define("attn_gate_beside", ["cpu"], implementation)
+    return backends.Backend("beside", "attn_gate_beside", lambda device, dtype: ""), calls
+
+
+@of_all_operators
+def test_a_backend_beside_the_native_one(operator, beside, monkeypatch):
+    """Autograd, compile, func and fake kernels serve it; its implementation is looked for at first use."""
+    backend, calls = beside
+    monkeypatch.setitem(backends.BACKENDS, backend.name, backend)
+    tensors, options = arguments_of(operator)
+    looked_for = len(calls)
+    expected = results(getattr(functional, operator), tensors, **options)
+    assert len(calls) == looked_for
+    found = results(getattr(functional, operator), tensors, backend="beside", **options)
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+    assert len(calls) == looked_for + 2 and calls[-1].endswith("_bwd")
+
+    first = next(iter(tensors))
+
+    def loss(t):
+        outputs = getattr(functional, operator)(**{**tensors, first: t}, backend="beside", **options)
+        return sum(o.sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+    expected = torch.func.grad(loss)(tensors[first])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    leaf = tensors[first].detach().requires_grad_()
+    assert_close(torch.autograd.grad(compiled(leaf), leaf)[0], expected)
 
 
 @pytest.mark.parametrize("padding", [0, 1, (1, 0)])
