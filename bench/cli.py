@@ -4,53 +4,44 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
-import os
-import platform
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from attn_gate import _library, _version
-
-from . import report
-from .case import Case
-from .measure import measure_case
-from .providers import PROVIDERS, Provider
-from .registry import CONFIGS, MODES, select
-from .results import Results
+from . import baseline, device, machine, outputs, plan, tables
+from .providers import PROVIDERS
+from .registry import CONFIGS, DTYPES, MODES, select
+from .results import Results, read
+from .run import Run
 
 T = TypeVar("T")
 
-REPEATS = 21
-QUICK_REPEATS = 5
-PACKAGES = ("onnxruntime", "openvino")
-
 DESCRIPTION = """\
-Measure the time and the memory of attention gates: attn_gate against the same gate in eager PyTorch,
-torch.compile, ONNX Runtime and OpenVINO (where they are installed), and against the memory traffic that no
-gate can avoid.
+Measure the time and the memory of attention gates and of whole networks: attn_gate against the same in eager
+PyTorch, torch.compile, ONNX Runtime and OpenVINO (where they are installed), and against the memory traffic
+that no gate can avoid.
 
-All take turns in one process, on the same numbers, in float32, with as many threads as PyTorch uses
-(OMP_NUM_THREADS sets that). Who doesn't match the float64 reference gets no time. torch.compile compiles C++
-the first time, seconds per gate, and remembers it.
+All take turns in one process, on the same numbers, with as many threads as PyTorch uses (OMP_NUM_THREADS sets
+that). Who doesn't match the float64 reference gets no time. DIR gets results.json and results.csv (described
+in docs/benchmark.md), report.html with plots, and table.md.
 """
 
 EPILOG = """\
 examples:
-  python -m attn_gate bench --quick                               all gates, few repeats: about a minute
-  python -m attn_gate bench                                       the same with more repeats
-  python -m attn_gate bench --config same,paper-256 --mode step   one family and one more gate, training only
-  python -m attn_gate bench --provider attn_gate,eager            only these two
-  python -m attn_gate bench --out before                          results.json and results.csv go there
+  python -m attn_gate bench --quick                               a first look, within a minute
+  python -m attn_gate bench                                       everything, within a quarter of an hour
+  python -m attn_gate bench --config lee,monai-96 --mode step     one family and one more gate, training only
+  python -m attn_gate bench --config net                          whole networks
+  python -m attn_gate bench --provider attn_gate,eager --dtype bfloat16
+  python -m attn_gate bench --out old                             before a change, and after it:
+  python -m attn_gate bench --out new --baseline old
 
-exit code: 0 all measured; 1 something was wrong or failed; 2 wrong arguments; 130 Ctrl-C (what was
-measured is kept)
+exit code: 0 all measured; 1 something was wrong or failed, or slower than the baseline; 2 wrong arguments;
+130 Ctrl-C (what was measured is kept)
 """
 
 
@@ -58,133 +49,104 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command."""
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_REPEATS} repeats in place of {REPEATS}")
-    configs = ", ".join(CONFIGS)
-    parser.add_argument(
-        "--config", type=_names("config", CONFIGS), metavar="NAMES", default=CONFIGS,
-        help=f"gates by name or family, separated by commas: {configs}",
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few gates, few repeats, nothing that compiles: within a minute")
+    add(
+        "--config", type=_names("config", CONFIGS), metavar="NAMES",
+        help=f"gates and networks by name or family, separated by commas: {', '.join(CONFIGS)}",
     )  # fmt: skip
-    default = {name: provider for name, provider in PROVIDERS.items() if provider.default}
-    parser.add_argument(
-        "--provider", type=_names("provider", PROVIDERS), metavar="NAMES", default=default,
-        help=f"{report.provider_names()}",
-    )  # fmt: skip
+    add("--provider", type=_names("provider", PROVIDERS), metavar="NAMES", help=", ".join(PROVIDERS))
     modes = "; ".join(f"{name}: {what}" for name, what in MODES.items())
-    parser.add_argument("--mode", type=_names("mode", MODES), metavar="NAMES", default=MODES, help=modes)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("report/bench"),
-        help="for results.json and results.csv (%(default)s)",
-    )
+    add("--mode", type=_names("mode", MODES), metavar="NAMES", help=modes)
+    dtypes = dict.fromkeys(DTYPES)
+    add("--dtype", type=_names("dtype", dtypes), metavar="NAMES", help=", ".join(DTYPES))
+    add("--device", type=_device, metavar="NAME", default="cpu", help="cpu (the default) or cuda")
+    add("--threads", type=_counts, metavar="COUNTS", help="such as 1,2,4 (default: as many as PyTorch uses)")
+    add(
+        "--memory", type=_bytes, metavar="SIZE", default=2**30,
+        help="the memory that the largest batch has to fit in, such as 512M (default: 1G)",
+    )  # fmt: skip
+    add("--out", type=Path, metavar="DIR", default=Path("report/bench"), help="(default: %(default)s)")
+    add("--add", action="store_true", help="keep the rows that DIR has; those measured again are replaced")
+    add(
+        "--baseline", type=_results, metavar="FILE",
+        help="results.json of an earlier run, or its folder: say what has become faster or slower",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; the exit code."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    repeats = QUICK_REPEATS if args.quick else REPEATS
+    try:
+        where = device.make(args.device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    groups = plan.quick() if args.quick else plan.full()
+    wanted = plan.Wanted(args.config, args.provider, args.mode, args.dtype, args.threads)
+    jobs = list(plan.jobs(groups, wanted, args.device))
     results = Results(
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        machine=machine(),
-        settings={"quick": args.quick, "repeats": repeats},
-        configs=list(args.config.values()),
+        machine=machine.facts(where),
+        settings={"quick": args.quick, "memory": args.memory, "command": sys.argv[1:]},
     )
-    load = results.machine["load"]
-    if load > results.machine["cores"] / 2:
-        console.print(
-            f"others are using this machine (load {load:.1f}): times won't mean much", style="yellow"
-        )
-    try:
-        measure_all(results, list(args.provider.values()), list(args.mode), repeats, args.out, console)
-    except KeyboardInterrupt:
-        results.interrupted = True
-        results.write(args.out)
-    for part in report.tables(results, args.provider.values()):
+    if args.add and (args.out / "results.json").exists():
+        earlier = read(args.out)
+        results.configs, results.rows, results.fits = earlier.configs, earlier.rows, earlier.fits
+    if results.machine["load"] > results.machine["cores"] / 2:
+        load = f"load {results.machine['load']:.1f}"
+        console.print(f"others are using this machine ({load}): times won't mean much", style="yellow")
+    with Run(results, where, args.memory, args.out, console) as running:
+        running.measure(jobs)
+    if args.baseline is not None:
+        results.compared = baseline.compare(results, args.baseline)
+    for part in tables.rich_tables(results):
         console.print(part)
-    facts = results.machine
-    console.print(
-        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['instructions']}; "
-        f"torch {facts['torch']}. Times of every repeat: {args.out / 'results.json'}",
-        highlight=False, style="dim",
-    )  # fmt: skip
+    for part in baseline.tables(results.compared):
+        console.print(part)
+    paths = outputs.write_all(results, args.out)
+    console.print(f"{machine.sentence(results.machine)}. Written: {', '.join(map(str, paths))}",
+                  highlight=False, style="dim", soft_wrap=True)  # fmt: skip
     if results.interrupted:
         console.print("interrupted: this is what was measured until then", style="yellow")
         return 130
-    return int(any(row.status in ("wrong", "failed") for row in results.rows))
-
-
-def measure_all(
-    results: Results,
-    providers: Sequence[Provider],
-    modes: Sequence[str],
-    repeats: int,
-    folder: Path,
-    console: Console,
-) -> None:
-    """Add the rows of all configs to `results`, written to `folder` after each mode."""
-    total = sum(repeats + sum(mode in provider.modes for provider in providers) for mode in modes) * len(
-        results.configs
-    )
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        for config in results.configs:
-            progress.update(task, description=f"{config.name}: inputs")
-            case = Case(config)
-            for mode in modes:
-
-                def advance(what: str, where: str = f"{config.name} {mode}") -> None:
-                    progress.update(task, advance=1, description=f"{where}: {what}")
-
-                progress.update(task, description=f"{config.name} {mode}: reference")
-                measure_case(case, mode, providers, repeats, results.rows, advance)
-                results.write(folder)
-                if not console.is_terminal:
-                    console.print(report.line(results, config.name, mode), soft_wrap=True, highlight=False)
-            # Else its graphs, one for each gate, would hit the limit of recompilations.
-            torch.compiler.reset()
-
-
-def machine() -> dict[str, str | int | float]:
-    """What the times depend on."""
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "attn_gate": _version.__version__,
-    }
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "instructions": _library.cpu_isa(),
-        "platform": platform.platform(),
-        **versions,
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    bad = any(row.status in ("wrong", "failed") for row in results.rows)
+    return int(bad or baseline.is_slower(results.compared))
 
 
 def _names(what: str, available: Mapping[str, T]):
-    """An argparse type: comma-separated names to those entries."""
+    """An argparse type: comma-separated names to a list of those of `available`."""
 
-    def parse(text: str) -> dict[str, T]:
+    def parse(text: str) -> list[str]:
         try:
-            return select(what, [name.strip() for name in text.split(",")], available)
+            return list(select(what, [name.strip() for name in text.split(",")], available))
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
+
+
+def _device(text: str) -> str:
+    (name,) = _names("device", device.DEVICES)(text)
+    return name
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, such as 1,2; got {text!r}")
+    return counts
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([MG])(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"must be a size such as 512M or 1.5G; got {text!r}")
+    return int(float(found[1]) * {"M": 2**20, "G": 2**30}[found[2].upper()])
+
+
+def _results(text: str) -> Results:
+    try:
+        return read(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

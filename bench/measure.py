@@ -3,115 +3,167 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
-from .case import Case
-from .memory import kept_bytes, peak_bytes
-from .providers import Program, Provider
+import torch
+
+from . import traffic
+from .device import Device
+from .providers import PROVIDERS, TRAINING, AnyCase, Program, Provider, Work
+from .registry import Config
 from .results import Row
 
 SHORT_MS = 20.0  # up to here a turn is several calls
 CALLS = 3
-# Other libraries' worker threads spin for a while after their call and would take a core from the next one.
+# Worker threads that aren't PyTorch's spin for a while after their call and take a core from the next one.
 PAUSE_S = 0.03
+
+OnProgress = Callable[[str, float], None]  # what is done, and which part of the mode's work is done by now
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long one config and mode is measured: `repeats` turns of each provider, at least `least`, and in
+    between as many as start within `seconds`."""
+
+    repeats: int
+    least: int
+    seconds: float
 
 
 def measure_case(
-    case: Case,
-    mode: str,
-    providers: Collection[Provider],
-    repeats: int,
-    rows: list[Row],
-    on_progress: Callable[[str], None] = lambda what: None,
+    case: AnyCase,
+    modes: list[str],
+    providers: list[str],
+    device: Device,
+    patience: Patience,
+    on_rows: Callable[[list[Row]], None],
+    on_progress: OnProgress = lambda what, part: None,
 ) -> None:
-    """Append to `rows` that of every provider for this case and mode.
+    """Measure these providers of this case, mode after mode; `on_rows` gets the rows of each.
 
-    A provider whose results don't match the float64 reference gets no time. Interrupted by Ctrl-C, it appends
-    what it has.
-
-    Args:
-        repeats: turns of each provider.
-        on_progress: called with what was done once per provider, and once per repeat.
+    A provider whose results don't match the float64 reference gets no time. Interrupted by Ctrl-C, it hands
+    over what it has.
     """
-    found: dict[str, Row] = {}
-    programs: dict[str, Program] = {}
-    try:
-        for provider in providers:
-            if mode not in provider.modes:
-                continue
-            row = Row(case.config.name, mode, provider.name)
-            program = prepare(case, mode, provider, row)
-            found[provider.name] = row
-            if program is not None:
-                programs[provider.name] = program
-            on_progress(f"checked {provider.name}")
-        times = {name: found[name].times_ms for name in programs}
-        for _ in interleave(programs, repeats, times):
-            on_progress("measured")
-    finally:
-        rows.extend(row for row in found.values() if row.status != "measured" or row.times_ms)
+    case.settle()
+    for training in (False, True):
+        wanted = [mode for mode in modes if (mode in TRAINING) == training]
+        if not wanted:
+            continue
+        programs: dict[str, Program] = {}
+        rows: dict[tuple[str, str], Row] = {}
+        try:
+            for number, name in enumerate(providers):
+                provider = PROVIDERS[name]
+                its = {m: new_row(case, m, name) for m in wanted if m in provider.modes}
+                if not its:
+                    continue
+                on_progress(f"check {provider.title}", 0.3 * number / len(providers))
+                program = prepare(case, training, provider, device, list(its.values()))
+                rows.update(((m, name), row) for m, row in its.items())
+                if program is not None:
+                    programs[name] = program
+            for mode in wanted:
+                works = {n: (p.works[mode], p.own_threads) for n, p in programs.items() if (mode, n) in rows}
+                times = {n: rows[mode, n].times_ms for n in works}
+                for part in interleave(works, device, patience, times):
+                    on_progress(mode, 0.3 + 0.7 * part)
+        finally:
+            on_rows([row for row in rows.values() if row.status != "measured" or row.times_ms])
 
 
-def prepare(case: Case, mode: str, provider: Provider, row: Row) -> Program | None:
-    """The provider's program, results checked and memory counted; None, and why in `row`, if it fails."""
-    row.note = provider.why_not()
-    if row.note:
-        row.status = "unavailable"
+def new_row(case: AnyCase, mode: str, provider: str) -> Row:
+    """Without times yet."""
+    config = case.config
+    needed = traffic.needed_bytes(config, mode, case.dtype) if isinstance(config, Config) else None
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    names = config.name, case.dtype, torch.get_num_threads(), mode, provider
+    return Row(*names, needed_bytes=needed, measured=now)
+
+
+def prepare(
+    case: AnyCase, training: bool, provider: Provider, device: Device, rows: list[Row]
+) -> Program | None:
+    """The provider's program, results checked and memory counted; None, and why in its rows, if it fails."""
+
+    def give_up(status: str, note: str) -> None:
+        for row in rows:
+            row.status, row.note = status, note
+
+    if reason := provider.why_not(case.device, case.dtype):
+        give_up("unavailable", reason)
         return None
     try:
-        program = provider.make(case, mode)
+        program = provider.make(case, training)
         if program.results is not None:
-            verdict = case.check(mode, program.results())
-            row.worst, row.error, row.tolerance = verdict.name, verdict.error, verdict.tolerance
+            verdict = case.check(training, program.results())
+            for row in rows:
+                row.worst, row.error, row.tolerance = verdict
             if not verdict.ok:
-                row.status = "wrong"
-                row.note = f"{verdict.name} is off by {verdict.error:.1e}, allowed {verdict.tolerance:.1e}"
+                allowed = f"allowed {verdict.tolerance:.1e}"
+                give_up("wrong", f"{verdict.name} is off by {verdict.error:.1e}, {allowed}")
                 return None
-        _count_memory(program, row)
-    except Exception as error:  # another library's failure costs its own row, not the run
-        row.status = "failed"
-        row.note = f"{type(error).__name__}: {error}".partition("\n")[0]
+        _count_memory(program, device, rows)
+    except Exception as error:  # another library's failure costs its own rows, not the run
+        give_up("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
         return None
     return program
 
 
-def _count_memory(program: Program, row: Row) -> None:
-    if program.forward is not None:
-        row.kept_bytes = kept_bytes(program.forward, program.held)
-    if program.counts_peak:
-        program.reset()
-        row.peak_bytes = peak_bytes(program.call)
+def _count_memory(program: Program, device: Device, rows: list[Row]) -> None:
+    from .memory import kept_bytes
+
+    kept = None if program.forward is None else kept_bytes(program.forward, program.held)
+    for row in rows:
+        row.kept_bytes = kept
+        if program.counts_peak:
+            work = program.works[row.mode]
+            work.prepare()
+            row.peak_bytes = device.peak_bytes(work.call)
 
 
 def interleave(
-    programs: Mapping[str, Program], repeats: int, times: dict[str, list[float]]
-) -> Iterator[None]:
-    """Give every program `repeats` turns in random order; append ms to `times`, yield after each round."""
+    works: Mapping[str, tuple[Work, bool]],
+    device: Device,
+    patience: Patience,
+    times: dict[str, list[float]],
+) -> Iterator[float]:
+    """Give all their turns in random order; append ms to `times`, yield which part is done after each.
+
+    works: with each, whether it has threads that may spin after its turn.
+    """
     shuffled = random.Random(0)
-    expected = {name: _timed(program) for name, program in programs.items()}  # and warms up
-    with _without_gc():
-        for _ in range(repeats):
-            for name in shuffled.sample(list(programs), len(programs)):
-                program = programs[name]
-                time.sleep(PAUSE_S)
-                short = expected[name] < SHORT_MS
-                if short:
-                    # Worker threads of the one before may still spin, and its data is in the caches.
-                    _timed(program)
-                turn = [_timed(program) for _ in range(CALLS if short else 1)]
-                times[name] += turn
-                expected[name] = min(turn)
-            yield
-
-
-def _timed(program: Program) -> float:
-    program.reset()
+    expected = {}
+    for name, (work, own_threads) in works.items():  # and warms up
+        expected[name] = device.time_ms(work.prepare, work.call)
+        _rest(own_threads)
     start = time.perf_counter()
-    program.call()
-    return (time.perf_counter() - start) * 1e3
+    with _without_gc():
+        for round_ in range(patience.repeats):
+            elapsed = time.perf_counter() - start
+            if round_ >= patience.least and elapsed > patience.seconds:
+                return
+            for name in shuffled.sample(list(works), len(works)):
+                work, own_threads = works[name]
+                short = expected[name] < SHORT_MS
+                if short:  # the data of the one before is in the caches
+                    device.time_ms(work.prepare, work.call)
+                turn = [device.time_ms(work.prepare, work.call) for _ in range(CALLS if short else 1)]
+                times[name] += [round(t, 5) for t in turn]
+                expected[name] = min(turn)
+                _rest(own_threads)
+            done = (round_ + 1) / patience.repeats
+            yield min(1.0, max(done, (time.perf_counter() - start) / patience.seconds))
+
+
+def _rest(own_threads: bool) -> None:
+    if own_threads:
+        time.sleep(PAUSE_S)
 
 
 @contextlib.contextmanager
@@ -124,3 +176,14 @@ def _without_gc() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

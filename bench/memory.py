@@ -1,9 +1,10 @@
-"""Bytes: what autograd keeps between forward and backward, and the peak that PyTorch's allocator reaches."""
+"""Bytes: what autograd keeps between forward and backward, what PyTorch allocates, what the process takes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,17 +31,37 @@ def kept_bytes(forward: Callable[[], Any], held: Iterable[Tensor]) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
+def allocated_peak(call: Callable[[], Any]) -> int:
     """The most bytes that tensors made in `call` hold at one time, its results included.
 
     Counted from PyTorch's allocator on the CPU, so memory of other libraries and of C++ objects isn't in it.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        call()
+        kept = call()
+    del kept
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+def resident_growth(call: Callable[[], Any]) -> int:
+    """How much more memory the process held at its peak during `call` than before it. Linux.
+
+    Only true in a fresh process: what an earlier call has freed may still count as the process's.
+    """
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+    kept = call()
+    del kept
+    return max(_status("VmHWM") - before, 0)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

@@ -1,193 +1,229 @@
-"""Who is measured: each provider makes, of a case and a mode, a program that does the work in its own way."""
+"""Who is measured: each provider makes, of a case, a program that does the work in its own way."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import importlib.util
-import io
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from attn_gate import AttentionGate
+from attn_gate import backends
+from attn_gate.judge import Judgement
 
-from .case import Case, gradients
-from .gates import PRESETS
-from .registry import MODES
+from . import engines
+from .case import gradients
+from .registry import MODES, AnyConfig
+
+TRAINING = ("forward", "backward", "step")
+
+
+class AnyCase(Protocol):
+    """What providers ask of a case: `case.Case`, a gate, or `networks.NetworkCase`."""
+
+    config: AnyConfig
+    dtype: str
+    device: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    input_names: tuple[str, ...]
+    slope: Tensor
+    wants_input_gradients: bool
+
+    def fused(self, **options: object) -> nn.Module: ...
+    def settle(self) -> None: ...
+    def check(self, training: bool, results: Mapping[str, Tensor]) -> Judgement: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to time: `prepare` comes before each call, outside the time."""
+
+    call: Callable[[], Any]
+    prepare: Callable[[], Any] = lambda: None
 
 
 @dataclass(frozen=True)
 class Program:
-    """Something to time.
+    """What a provider makes of a case, for inference or for training.
 
     Attributes:
-        call: the work; what it returns is dropped inside the time, as a network drops its activations.
-        results: does the work and returns tensors by name (see `case.run`); None: nothing to check.
-        reset: called before each call, outside the time.
+        works: by mode.
+        results: does the work and returns tensors by name (see `case.results_of`); None: nothing to check.
         forward: the forward pass with gradients, whose kept tensors are counted; None: it has none.
         held: tensors that a network holds anyway: x, g and the parameters.
         counts_peak: whether its memory is worth counting, and comes from PyTorch's allocator.
+        own_threads: whether it has worker threads that aren't PyTorch's, and may spin after their work.
     """
 
-    call: Callable[[], Any]
+    works: Mapping[str, Work]
     results: Callable[[], dict[str, Tensor]] | None = None
-    reset: Callable[[], None] = lambda: None
     forward: Callable[[], Any] | None = None
     held: Iterable[Tensor] = ()
     counts_peak: bool = True
+    own_threads: bool = False
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a gate.
+    """One way to compute a gate or a network.
 
     Attributes:
-        name: for the command line; title: for tables, two short lines.
-        make: (case, mode) -> program.
-        modes: those that it has.
-        default: whether it runs when nobody asks for it by name.
+        name: for the command line; title: for tables and plots.
+        make: (case, training) -> program.
+        modes, devices, dtypes: those that it has.
         packages: what has to be installed.
+        backend: of attn_gate, if it is about one.
     """
 
     name: str
     title: str
-    make: Callable[[Case, str], Program]
+    make: Callable[[AnyCase, bool], Program]
     modes: tuple[str, ...] = tuple(MODES)
-    default: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     packages: tuple[str, ...] = ()
+    backend: str = ""
 
-    def why_not(self) -> str:
+    def why_not(self, device: str, dtype: str) -> str:
         """What is missing here; empty if nothing."""
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        return f"pip install {' '.join(missing)}" if missing else ""
+        if missing:
+            return f"pip install {' '.join(missing)}"
+        if device not in self.devices:
+            return f"not measured on {device}"
+        if dtype not in self.dtypes:
+            return f"not measured in {dtype}"
+        return backends.why_not(self.backend, torch.device(device)) if self.backend else ""
 
 
-def module_program(case: Case, mode: str, gate: nn.Module, channels_last: bool = False) -> Program:
-    """A gate that is a PyTorch module (x, g) -> y, with the parameters of the case's eager one."""
+def module_program(
+    case: AnyCase, training: bool, module: nn.Module, *, channels_last: bool = False
+) -> Program:
+    """A PyTorch module with the parameters of the case's eager one."""
+    module.train(training)
     layout = torch.contiguous_format
     if channels_last:
-        layout = torch.channels_last if case.x.ndim == 4 else torch.channels_last_3d
-        gate = gate.to(memory_format=layout)
-    x, g, dy = (t.contiguous(memory_format=layout) for t in (case.x, case.g, case.dy))
-    if mode == "inference":
+        layout = torch.channels_last if case.slope.ndim == 4 else torch.channels_last_3d
+        module = module.to(memory_format=layout)
+    inputs = [t.contiguous(memory_format=layout) for t in case.inputs]
+    slope = case.slope.contiguous(memory_format=layout)
+    if not training:
 
         def infer() -> Tensor:
             with torch.no_grad():
-                return gate(x, g)
+                return module(*inputs)
 
-        return Program(infer, results=lambda: {"y": infer()})
+        return Program({"inference": Work(infer)}, results=lambda: {"y": infer()})
 
-    x, g = (t.detach().requires_grad_() for t in (x, g))
-    leaves = [x, g, *gate.parameters()]
+    inputs = [t.detach().requires_grad_(case.wants_input_gradients) for t in inputs]
+    leaves = [*inputs, *module.parameters()]
+    made: list[Tensor] = []
 
-    def reset() -> None:
+    def clear() -> None:
+        made.clear()
         for leaf in leaves:
             leaf.grad = None
 
-    def results() -> dict[str, Tensor]:
-        reset()
-        y = gate(x, g)
-        y.backward(dy)
-        # torch.compile wraps the module, whose parameters then go by longer names.
-        return {"y": y.detach(), **gradients(getattr(gate, "_orig_mod", gate), x, g)}
+    def forward() -> Tensor:
+        return module(*inputs)
 
+    def prepare_backward() -> None:
+        clear()
+        made.append(forward())
+
+    def results() -> dict[str, Tensor]:
+        clear()
+        y = forward()
+        y.backward(slope)
+        # torch.compile wraps the module, whose parameters then go by longer names.
+        found = gradients(getattr(module, "_orig_mod", module), inputs, case.input_names)
+        return {"y": y.detach(), **found}
+
+    works = {
+        "forward": Work(forward, clear),
+        "backward": Work(lambda: made[0].backward(slope), prepare_backward),
+        "step": Work(lambda: forward().backward(slope), clear),
+    }
+    return Program(works, results, forward, held=[*leaves, *module.buffers(), slope])
+
+
+def _eager(case: AnyCase, training: bool, **options: Any) -> Program:
+    return module_program(case, training, copy.deepcopy(case.module), **options)
+
+
+def _compiled(case: AnyCase, training: bool, mode: str | None = None) -> Program:
+    # dynamic=False: one graph for exactly this size, which is the best that torch.compile can do.
+    module = torch.compile(copy.deepcopy(case.module), dynamic=False, mode=mode)
+    return module_program(case, training, module)
+
+
+def _attn_gate(
+    case: AnyCase, training: bool, *, compiled: bool = False, channels_last: bool = False, **options: Any
+) -> Program:
+    module = case.fused(**options)
+    if compiled:
+        module = torch.compile(module, dynamic=False)
+    return module_program(case, training, module, channels_last=channels_last)
+
+
+def _limit(case: AnyCase, training: bool) -> Program:
+    """The memory traffic that no gate can avoid."""
+    x, g = case.inputs
+    dy = case.slope
+    if not training:
+        return Program({"inference": Work(lambda: (_read(g), x.clone()))}, counts_peak=False)
+    works = {
+        "forward": Work(lambda: (_read(g), x.clone())),
+        "backward": Work(lambda: (_read(x), g.clone(), dy.clone())),
+        "step": Work(lambda: (_read(g), x.clone(), _read(x), g.clone(), dy.clone())),
+    }
+    return Program(works, counts_peak=False)
+
+
+def _read(t: Tensor) -> Tensor:
+    return t.view(-1).view(torch.float32).sum()  # whatever the dtype: sums of float32 are fast
+
+
+def _engine(make: Callable[[AnyCase], engines.Engine], case: AnyCase, training: bool) -> Program:
+    run = make(case)
     return Program(
-        lambda: gate(x, g).backward(dy), results, reset, forward=lambda: gate(x, g), held=[*leaves, dy]
+        {"inference": Work(run)},
+        lambda: {"y": torch.from_numpy(run().copy())},
+        counts_peak=False,
+        own_threads=True,
     )
 
 
-def _eager(case: Case, mode: str, **options: Any) -> Program:
-    return module_program(case, mode, copy.deepcopy(case.gate), **options)
-
-
-def _compiled(case: Case, mode: str) -> Program:
-    # dynamic=False: one graph for exactly this size, which is the best that torch.compile can do.
-    return module_program(case, mode, torch.compile(copy.deepcopy(case.gate), dynamic=False))
-
-
-def _attn_gate(case: Case, mode: str, *, recompute: str | bool = "auto", **options: Any) -> Program:
-    config = case.config
-    preset = {"spatial_dims": len(config.size), "recompute": recompute, **PRESETS[config.gate]}
-    gate = AttentionGate(config.channels, config.gating, config.inter, **preset)
-    gate.load_state_dict(case.gate.state_dict())
-    return module_program(case, mode, gate.eval(), **options)
-
-
-def _onnxruntime(case: Case, mode: str) -> Program:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(_onnx(case), options, providers=["CPUExecutionProvider"])
-    inputs = {"x": case.x.numpy(), "g": case.g.numpy()}
-
-    def call() -> list:
-        return session.run(None, inputs)
-
-    return Program(call, lambda: {"y": torch.from_numpy(call()[0])}, counts_peak=False)
-
-
-def _openvino(case: Case, mode: str) -> Program:
-    import openvino
-
-    core = openvino.Core()
-    options = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the CPU has it
-    }
-    model = core.compile_model(core.read_model(_onnx(case)), "CPU", options)
-    inputs = {"x": case.x.numpy(), "g": case.g.numpy()}
-
-    def call() -> Any:
-        return model(inputs, share_inputs=True, share_outputs=True)
-
-    return Program(call, lambda: {"y": torch.from_numpy(call()[0].copy())}, counts_peak=False)
-
-
-@functools.lru_cache(maxsize=1)
-def _onnx(case: Case) -> bytes:
-    """The case's eager gate, exported."""
-    buffer = io.BytesIO()
-    names = {"input_names": ["x", "g"], "output_names": ["y"]}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        # The older exporter: the same graph as from the newer one, in a tenth of the time.
-        torch.onnx.export(case.gate, (case.x, case.g), buffer, dynamo=False, **names)
-    return buffer.getvalue()
-
-
-def _limit(case: Case, mode: str) -> Program:
-    """The memory traffic that no gate can avoid."""
-    x, g, dy = case.x, case.g, case.dy
-    if mode == "inference":
-        return Program(lambda: (g.sum(), x.clone()), counts_peak=False)
-    return Program(lambda: (x.sum(), x.clone(), g.clone(), dy.clone()), counts_peak=False)
-
+_CPU = {"devices": ("cpu",), "dtypes": ("float32",), "modes": ("inference",)}
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
         Provider("attn_gate", "attn_gate", _attn_gate),
-        Provider("attn_gate-channels-last", "attn_gate\nch. last",
-                 functools.partial(_attn_gate, channels_last=True)),
-        Provider("attn_gate-recompute", "attn_gate\nrecompute", functools.partial(_attn_gate, recompute=True),
-                 modes=("step",), default=False),
-        Provider("attn_gate-store", "attn_gate\nstore", functools.partial(_attn_gate, recompute=False),
-                 modes=("step",), default=False),
+        *(
+            Provider(f"attn_gate-{backend}", f"attn_gate {backend}", partial(_attn_gate, backend=backend),
+                     backend=backend)
+            for backend, _, _ in backends.report() if backend != "eager"
+        ),
+        Provider("attn_gate-channels-last", "attn_gate ch. last", partial(_attn_gate, channels_last=True)),
+        Provider("attn_gate-compile", "attn_gate compiled", partial(_attn_gate, compiled=True)),
+        Provider("attn_gate-recompute", "attn_gate recompute", partial(_attn_gate, recompute=True),
+                 modes=TRAINING),
+        Provider("attn_gate-store", "attn_gate store", partial(_attn_gate, recompute=False), modes=TRAINING),
         Provider("eager", "eager", _eager),
-        Provider("eager-channels-last", "eager\nch. last", functools.partial(_eager, channels_last=True)),
-        Provider("compile", "torch\ncompile", _compiled),
-        Provider("onnxruntime", "ONNX\nRuntime", _onnxruntime,
-                 modes=("inference",), packages=("onnx", "onnxruntime")),
-        Provider("openvino", "Open-\nVINO", _openvino,
-                 modes=("inference",), packages=("onnx", "openvino")),
-        Provider("limit", "memory\nlimit", _limit),
+        Provider("eager-channels-last", "eager ch. last", partial(_eager, channels_last=True)),
+        Provider("compile", "torch.compile", _compiled),
+        Provider("compile-max-autotune", "torch.compile max-autotune",
+                 partial(_compiled, mode="max-autotune"), devices=("cuda",)),
+        Provider("onnxruntime", "ONNX Runtime", partial(_engine, engines.onnxruntime),
+                 packages=("onnx", "onnxruntime"), **_CPU),
+        Provider("openvino", "OpenVINO", partial(_engine, engines.openvino),
+                 packages=("onnx", "openvino"), **_CPU),
+        Provider("limit", "memory limit", _limit),
     )
 }  # fmt: skip

@@ -1,28 +1,4 @@
-"""What was measured, and the two files that hold it: results.json and results.csv.
-
-results.json, schema 1:
-
-    schema        1
-    started       ISO 8601, UTC
-    interrupted   whether Ctrl-C ended the run; what was measured until then is there
-    machine       cpu, cores, threads, load (of the last minute before), instructions, platform, and the
-                  versions of Python, torch, ...
-    settings      repeats, quick
-    configs       {name: gate, batch, channels, gating, inter, size, gating_size}
-    rows          one per config, mode and provider:
-        config, mode, provider
-        status         "measured" | "wrong" | "unavailable" | "failed"; the last three have no times
-        note           why there are none, in words
-        worst          the result furthest from the float64 reference ("y", "d x", "d theta.weight", ...)
-        error          of that one, relative to its largest value
-        tolerance      what was allowed
-        times_ms       every sample, in order; a repeat of a short call gives several
-        median_ms, q1_ms, q3_ms
-        kept_bytes     kept by autograd between forward and backward beyond x, g and parameters ("step")
-        peak_bytes     the most that tensors made in the call held at one time, results included
-
-results.csv has the same rows, without the samples. Fields that don't apply are null, or empty.
-"""
+"""What was measured, and its files: results.json and results.csv, described in docs/benchmark.md."""
 
 from __future__ import annotations
 
@@ -31,23 +7,29 @@ import dataclasses
 import io
 import json
 import os
-import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .registry import Config
+from .registry import AnyConfig, Config, NetworkConfig
+from .summary import Summary, summarise
 
-SCHEMA = 1
+SCHEMA = 2
+STATUSES = ("measured", "wrong", "unavailable", "failed")
+_DERIVED = ("median_ms", "q1_ms", "q3_ms", "p10_ms", "p90_ms", "low_ms", "high_ms", "outliers", "gbps")
+
+Key = tuple[str, str, int, str, str]
 
 
 @dataclass
 class Row:
-    """The measurement of one provider for one config and mode; the fields are those of the module's text."""
+    """The measurement of one provider for one config, dtype, number of threads and mode."""
 
     config: str
+    dtype: str
+    threads: int
     mode: str
     provider: str
     status: str = "measured"
@@ -55,87 +37,166 @@ class Row:
     worst: str | None = None
     error: float | None = None
     tolerance: float | None = None
-    times_ms: list[float] = field(default_factory=list)
     kept_bytes: int | None = None
     peak_bytes: int | None = None
+    resident_bytes: int | None = None
+    needed_bytes: int | None = None
+    measured: str = ""
+    times_ms: list[float] = field(default_factory=list)
+
+    @property
+    def key(self) -> Key:
+        """What it is the row of."""
+        return self.config, self.dtype, self.threads, self.mode, self.provider
+
+    @property
+    def summary(self) -> Summary | None:
+        """None for a row without times."""
+        return summarise(self.times_ms) if self.times_ms else None
 
     @property
     def median_ms(self) -> float | None:
         """None for a row without times."""
-        return statistics.median(self.times_ms) if self.times_ms else None
+        return self.summary.median if self.times_ms else None
 
     @property
-    def quartiles_ms(self) -> tuple[float | None, float | None]:
-        """The first and the third; both are the sample itself where there is only one."""
-        if len(self.times_ms) < 2:
-            return self.median_ms, self.median_ms
-        q1, _, q3 = statistics.quantiles(self.times_ms, n=4, method="inclusive")
-        return q1, q3
+    def gbps(self) -> float | None:
+        """The bytes that memory has to move at least, over the median."""
+        if not self.times_ms or self.needed_bytes is None:
+            return None
+        return self.needed_bytes / self.median_ms / 1e6
 
     def to_json(self) -> dict[str, Any]:
         """All fields of the schema."""
-        q1, q3 = self.quartiles_ms
-        quantiles = {"median_ms": self.median_ms, "q1_ms": q1, "q3_ms": q3}
-        return {**dataclasses.asdict(self), "times_ms": [round(t, 4) for t in self.times_ms], **quantiles}
+        fields = dataclasses.asdict(self)
+        times = fields.pop("times_ms")
+        s = self.summary
+        values = (s.median, s.q1, s.q3, s.p10, s.p90, s.low, s.high, s.outliers, self.gbps) if s else ()
+        derived = dict.fromkeys(_DERIVED)
+        derived.update(zip(_DERIVED, values, strict=False))
+        return {**fields, **derived, "times_ms": times}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Row:
+        """The row that was written so."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in fields.items() if name in names})
 
 
 @dataclass
 class Results:
-    """One run of the benchmark."""
+    """One run of the benchmark.
+
+    Attributes:
+        started: ISO 8601, UTC.
+        machine: what the times depend on.
+        settings: of the command line.
+        configs: those that rows name; rows: in the order of their measurement.
+        fits: largest batches that fit in a given memory; networks and gates.
+        compared: verdicts against a baseline.
+        interrupted: whether Ctrl-C ended the run.
+    """
 
     started: str
     machine: dict[str, Any]
     settings: dict[str, Any]
-    configs: Sequence[Config] = ()
+    configs: dict[str, AnyConfig] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    fits: list[dict[str, Any]] = field(default_factory=list)
+    compared: dict[str, Any] | None = None
     interrupted: bool = False
 
-    def find(self, config: str, mode: str, provider: str) -> Row | None:
-        """The row with a time, or None."""
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append rows; one that there is already is replaced."""
+        new = {row.key: row for row in rows}
+        self.rows = [row for row in self.rows if row.key not in new] + list(new.values())
+
+    def find(
+        self, config: str, mode: str, provider: str, *, dtype: str = "float32", threads: int | None = None
+    ) -> Row | None:
+        """The row with a time, or None; threads: those of the run by default."""
+        key = (config, dtype, threads or self.machine["threads"], mode, provider)
         for row in self.rows:
-            if (row.config, row.mode, row.provider) == (config, mode, provider) and row.times_ms:
+            if row.key == key and row.times_ms:
                 return row
         return None
 
-    def speedup(self, config: str, mode: str, provider: str, over: str) -> float | None:
+    def speedup(self, config: str, mode: str, provider: str, over: str, **which: Any) -> float | None:
         """How many times faster than `over` `provider` is, by the medians; None where one has no time."""
-        ours, theirs = self.find(config, mode, provider), self.find(config, mode, over)
+        ours = self.find(config, mode, provider, **which)
+        theirs = self.find(config, mode, over, **which)
         return None if ours is None or theirs is None else theirs.median_ms / ours.median_ms
 
     def to_json(self) -> dict[str, Any]:
         """All fields of the schema."""
-        configs = {}
-        for config in self.configs:
-            fields = dataclasses.asdict(config)
-            configs[fields.pop("name")] = {**fields, "gating_size": config.gating_size}
+        from . import modelled  # it describes these results' configs
+
         return {
             "schema": SCHEMA,
             "started": self.started,
             "interrupted": self.interrupted,
             "machine": self.machine,
             "settings": self.settings,
-            "configs": configs,
+            "configs": {name: config.to_json() for name, config in self.configs.items()},
             "rows": [row.to_json() for row in self.rows],
+            "fits": self.fits,
+            "compared": self.compared,
+            "modelled": modelled.to_json(self.configs.values()),
         }
 
     def write(self, folder: Path) -> None:
         """Write results.json and results.csv; a reader finds the old file or the new one, never a half."""
-        folder.mkdir(parents=True, exist_ok=True)
         content = self.to_json()
-        _write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
+        write(folder / "results.json", json.dumps(content, indent=1) + "\n")
         table = io.StringIO()
-        columns = [name for name in Row("", "", "").to_json() if name != "times_ms"]
+        columns = [name for name in Row("", "", 0, "", "").to_json() if name != "times_ms"]
         writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(content["rows"])
-        _write_atomically(folder / "results.csv", table.getvalue())
+        write(folder / "results.csv", table.getvalue())
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def read(path: Path) -> Results:
+    """The results in a file results.json, or in the folder of one.
+
+    Raises:
+        ValueError: there is none, or it isn't one of this schema; the message says which.
+    """
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text())
+        schema = content["schema"]
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} isn't a results.json of this benchmark") from None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema}; this version reads schema {SCHEMA}")
+    configs = {}
+    for name, fields in content["configs"].items():
+        fields.pop("gating_size", None)
+        kind = NetworkConfig if fields["kind"] == "network" else Config
+        configs[name] = kind(name=name, **{**fields, "size": tuple(fields["size"])})
+    return Results(
+        started=content["started"],
+        machine=content["machine"],
+        settings=content["settings"],
+        configs=configs,
+        rows=[Row.from_json(row) for row in content["rows"]],
+        fits=content["fits"],
+        compared=content["compared"],
+        interrupted=content["interrupted"],
+    )
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write the file at once: whoever reads finds the old content or the new, never a half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(handle, "w") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.write(data)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner alone

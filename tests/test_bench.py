@@ -2,40 +2,53 @@
 
 import csv
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("rich")
 
-from attn_gate.bench import cli, measure
+from attn_gate.bench import baseline, case, cli, fits, gates, measure, modelled, plan, resident, traffic
 from attn_gate.bench.case import Case
-from attn_gate.bench.memory import kept_bytes, peak_bytes
-from attn_gate.bench.providers import PROVIDERS, Program, Provider, module_program
+from attn_gate.bench.device import Device
+from attn_gate.bench.memory import allocated_peak, kept_bytes, resident_growth
+from attn_gate.bench.providers import PROVIDERS, Program, Provider, Work, module_program
 from attn_gate.bench.registry import CONFIGS, MODES, Config, select
-from attn_gate.bench.results import Results, Row
+from attn_gate.bench.results import Results, Row, read
+from attn_gate.bench.summary import summarise
 
+from attn_gate import backends
 from attn_gate import cli as commands
 
 TINY = {
-    "same-8": Config("same-8", "same_grid", 6, 6, 3, (8, 8)),
-    "paper-8": Config("paper-8", "paper", 6, 8, 3, (8, 8)),
-    "same3d-4": Config("same3d-4", "same_grid", 4, 4, 2, (4, 4, 4), batch=1),
+    "same-8": Config("same-8", "tiny", "same_grid", 6, 6, 3, (8, 8)),
+    "paper-8": Config("paper-8", "tiny", "paper", 6, 8, 3, (8, 8)),
+    "lee-8": Config("lee-8", "tiny", "same_grid_norms", 6, 6, 3, (8, 8)),
+    "oktay-4": Config("oktay-4", "tiny", "paper_output", 4, 6, 4, (4, 4, 4), batch=1),
+    "keras-8": Config("keras-8", "tiny", "keras", 6, 6, 6, (8, 8)),
 }
 FAST = ("attn_gate", "attn_gate-channels-last", "eager", "eager-channels-last", "limit")
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
+    """Tiny gates, two repeats, in place of all plans."""
     monkeypatch.setattr(cli, "CONFIGS", TINY)
-    monkeypatch.setattr(cli, "QUICK_REPEATS", 2)
+    monkeypatch.setattr(plan, "CONFIGS", TINY)
+    group = plan.Group(tuple(TINY), tuple(TINY), measure.Patience(2, 2, 60), providers=FAST)
+    monkeypatch.setattr(plan, "quick", lambda: [group])
+    monkeypatch.setattr(Device, "copy_gbps", lambda self: 10.0)
+    monkeypatch.setattr(Device, "peak_gflops", lambda self: 100.0)
 
 
 def bench(folder, *args: str) -> int:
     return commands.main(["bench", "--quick", "--out", str(folder), *args])
 
 
-def read(folder) -> dict:
+def load(folder) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
@@ -44,155 +57,320 @@ def plant(monkeypatch, make) -> None:
     monkeypatch.setitem(PROVIDERS, "planted", Provider("planted", "planted", make))
 
 
-def test_end_to_end(tmp_path, capsys):
-    assert bench(tmp_path / "new" / "folder", "--provider", ",".join(FAST)) == 0
-    results = read(tmp_path / "new" / "folder")
-    rows = results["rows"]
-    assert len(rows) == len(TINY) * len(MODES) * len(FAST)
-    assert all(
-        row["status"] == "measured" and row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in rows
+class TestRun:
+    def test_end_to_end(self, tmp_path, capsys):
+        folder = tmp_path / "new" / "folder"
+        modes = ("inference", "forward", "backward", "step")
+        assert bench(folder, "--mode", ",".join(modes)) == 0
+        rows = load(folder)["rows"]
+        assert len(rows) == len(TINY) * len(MODES) * len(FAST)
+        assert all(row["status"] == "measured" for row in rows)
+        assert all(row["p10_ms"] <= row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] for row in rows)
+        printed = capsys.readouterr().out
+        assert all(name in printed for name in (*TINY, *MODES, "attn_gate", "eager", "limit"))
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_16_bit_types(self, dtype, tmp_path):
+        names = "attn_gate,eager,limit"
+        assert bench(tmp_path, "--dtype", dtype, "--provider", names, "--config", "same-8,paper-8") == 0
+        rows = load(tmp_path)["rows"]
+        assert {row["dtype"] for row in rows} == {dtype} and len(rows) == 12
+        full = traffic.needed_bytes(TINY["same-8"], "step", "float32")
+        step = next(row for row in rows if row["config"] == "same-8" and row["mode"] == "step")
+        assert 2 * step["needed_bytes"] == full
+
+    def test_thread_counts(self, tmp_path):
+        args = ("--threads", "1,2", "--config", "same-8", "--mode", "inference", "--provider", "attn_gate")
+        assert bench(tmp_path, *args) == 0
+        assert [row["threads"] for row in load(tmp_path)["rows"]] == [1, 2]
+        assert torch.get_num_threads() == 1  # as it was
+
+    @pytest.mark.slow
+    def test_torch_compile(self, tmp_path):
+        names = "compile,attn_gate-compile"
+        assert bench(tmp_path, "--provider", names, "--config", "same-8") == 0
+        assert [row["status"] for row in load(tmp_path)["rows"]] == ["measured"] * 4
+
+    @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+    def test_inference_engines_match_and_say_nothing(self, name, tmp_path, capfd):
+        if reason := PROVIDERS[name].why_not("cpu", "float32"):
+            pytest.skip(reason)
+        assert bench(tmp_path, "--provider", name) == 0
+        rows = load(tmp_path)["rows"]
+        assert [row["status"] for row in rows] == ["measured"] * len(TINY)  # and no steps
+        assert "arning" not in "".join(capfd.readouterr())
+
+    def test_wrong_results_get_no_time(self, monkeypatch, tmp_path, capsys):
+        def make(case: Case, training: bool) -> Program:
+            gate = torch.nn.Module()
+            gate.forward = lambda x, g: case.module.eval()(x, g) * 1.001
+            return module_program(case, training, gate)
+
+        plant(monkeypatch, make)
+        args = ("--provider", "planted,eager", "--config", "same-8", "--mode", "inference")
+        assert bench(tmp_path, *args) == 1
+        rows = {row["provider"]: row for row in load(tmp_path)["rows"]}
+        assert rows["eager"]["status"] == "measured"
+        assert rows["planted"]["status"] == "wrong"
+        assert rows["planted"]["times_ms"] == [] and rows["planted"]["median_ms"] is None
+        assert "planted: wrong at same-8 inference: y is off" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("config", ["paper-8", "lee-8"])
+    def test_a_wrong_gradient_gets_no_time(self, config, monkeypatch, tmp_path):
+        def make(case: Case, training: bool) -> Program:
+            program = PROVIDERS["eager"].make(case, training)
+
+            def results():
+                found = program.results()
+                return {**found, "d phi.weight": found["d phi.weight"] * 1.001}
+
+            return Program(program.works, results)
+
+        plant(monkeypatch, make)
+        assert bench(tmp_path, "--provider", "planted", "--config", config, "--mode", "backward") == 1
+        (row,) = load(tmp_path)["rows"]
+        assert (row["status"], row["worst"]) == ("wrong", "d phi.weight")
+
+    def test_a_provider_that_fails_costs_its_own_row_only(self, monkeypatch, tmp_path, capsys):
+        def make(case: Case, training: bool) -> Program:
+            raise RuntimeError("unsupported operator\nwith a long explanation")
+
+        plant(monkeypatch, make)
+        args = ("--provider", "planted,eager", "--config", "same-8", "--mode", "inference")
+        assert bench(tmp_path, *args) == 1
+        found = {row["provider"]: row["status"] for row in load(tmp_path)["rows"]}
+        assert found == {"eager": "measured", "planted": "failed"}
+        assert "RuntimeError: unsupported operator" in capsys.readouterr().out
+
+    def test_what_is_missing_is_no_failure(self, monkeypatch, tmp_path, capsys):
+        missing = Provider("planted", "planted", lambda case, training: None, packages=("no_such_package",))
+        monkeypatch.setitem(PROVIDERS, "planted", missing)
+        args = ("--provider", "planted,eager,attn_gate-cuda", "--config", "same-8", "--mode", "inference")
+        assert bench(tmp_path, *args) == 0
+        printed = capsys.readouterr().out
+        assert "planted: unavailable: pip install no_such_package" in printed
+        assert "attn_gate-cuda: unavailable: " in printed
+
+    def test_interrupted_it_keeps_what_was_measured(self, monkeypatch, tmp_path, capsys):
+        calls = []
+
+        def make(case: Case, training: bool) -> Program:
+            def call() -> None:
+                calls.append(case.config.name)
+                # The second config: checked without memory, then warmed up, then the second turn.
+                if calls.count("paper-8") == 2 + measure.CALLS + 1:
+                    raise KeyboardInterrupt
+
+            return Program({"inference": Work(call)}, counts_peak=False)
+
+        plant(monkeypatch, make)
+        assert bench(tmp_path, "--provider", "planted,eager", "--mode", "inference") == 130
+        results = load(tmp_path)
+        assert results["interrupted"] is True
+        counts = {(row["config"], row["provider"]): len(row["times_ms"]) for row in results["rows"]}
+        assert counts["same-8", "planted"] == counts["same-8", "eager"] == 2 * measure.CALLS
+        assert counts["paper-8", "planted"] == measure.CALLS
+        assert not any(config == "lee-8" for config, _ in counts)
+        assert "interrupted" in capsys.readouterr().out
+
+    def test_add_keeps_other_rows_and_replaces_the_same(self, tmp_path):
+        only = ("--mode", "inference", "--provider", "limit")
+        assert bench(tmp_path, "--config", "same-8,paper-8", *only) == 0
+        before = {row["config"]: row for row in load(tmp_path)["rows"]}
+        assert bench(tmp_path, "--add", "--config", "paper-8,lee-8", *only) == 0
+        after = {row["config"]: row for row in load(tmp_path)["rows"]}
+        assert set(after) == {"same-8", "paper-8", "lee-8"}
+        assert after["same-8"] == before["same-8"] and after["paper-8"] != before["paper-8"]
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("option", "name", "hint"),
+        [
+            ("--config", "smae-8", "did you mean same-8"),
+            ("--provider", "eagre", "did you mean eager"),
+            ("--mode", "steps", "did you mean step"),
+            ("--dtype", "bfloat61", "did you mean bfloat16"),
+            ("--device", "cdua", "did you mean cuda"),
+            ("--config", "", "there are same-8, paper-8"),
+            ("--threads", "1,none", "whole numbers of at least 1"),
+            ("--memory", "lots", "a size such as 512M"),
+            ("--baseline", "no/such/folder", "no/such/folder can't be read"),
+        ],
     )
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in (*TINY, *MODES, "attn_gate", "eager", "limit"))
+    def test_what_does_not_exist(self, option, name, hint, capsys):
+        with pytest.raises(SystemExit) as exit_info:
+            commands.main(["bench", option, name])
+        assert exit_info.value.code == 2
+        assert hint in " ".join(capsys.readouterr().err.split())
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_a_device_that_is_not_here(self, capsys):
+        assert commands.main(["bench", "--device", "cuda"]) == 2
+        assert "torch sees no GPU" in capsys.readouterr().err
+
+    def test_names_of_families(self):
+        assert list(select("config", ["paper-64", "same"], CONFIGS)) == [
+            "same-256", "same-128", "same-64", "same-32", "paper-64",
+        ]  # fmt: skip
+
+    def test_a_name_stands_for_itself_before_its_family(self):
+        assert list(select("provider", ["attn_gate"], PROVIDERS)) == ["attn_gate"]
+
+    def test_every_backend_is_a_provider(self):
+        names = {f"attn_gate-{name}" for name, _, _ in backends.report() if name != "eager"}
+        assert names <= set(PROVIDERS)
 
 
-@pytest.mark.slow
-def test_torch_compile(tmp_path):
-    assert bench(tmp_path, "--provider", "compile", "--config", "same-8", "--mode", "inference") == 0
-    assert [row["status"] for row in read(tmp_path)["rows"]] == ["measured"]
+class TestPlan:
+    @pytest.fixture(autouse=True)
+    def real(self, monkeypatch, tiny):
+        monkeypatch.setattr(plan, "CONFIGS", CONFIGS)
+
+    def test_the_full_one_covers_all_configs(self):
+        jobs = list(plan.jobs(plan.full(), plan.Wanted(), "cpu"))
+        assert {job.config.name for job in jobs} == set(CONFIGS)
+        assert {mode for job in jobs for mode in job.modes} == set(MODES)
+
+    def test_filters_replace_that_part_of_each_group(self):
+        wanted = plan.Wanted(configs=["same-256"], dtypes=["float16"], modes=["step"], providers=["eager"])
+        jobs = [job for job in plan.jobs(plan.full(), wanted, "cpu") if job.patience is not None]
+        found = {(job.config.name, job.dtype, job.modes, job.providers) for job in jobs}
+        assert found == {("same-256", "float16", ("step",), ("eager",))}
+
+    def test_nothing_is_measured_twice(self):
+        jobs = plan.jobs(plan.full(), plan.Wanted(dtypes=["bfloat16"], thread_counts=[1]), "cpu")
+        timed = [job for job in jobs if job.patience is not None and job.config.kind == "gate"]
+        assert len({job.config.name for job in timed}) == len(timed)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_inference_engines_match_and_say_nothing(name, tmp_path, capfd):
-    if PROVIDERS[name].why_not():
-        pytest.skip(PROVIDERS[name].why_not())
-    assert bench(tmp_path, "--provider", name) == 0
-    rows = read(tmp_path)["rows"]
-    assert [row["status"] for row in rows] == ["measured"] * len(TINY)  # and no steps
-    assert "arning" not in "".join(capfd.readouterr())
+class TestResults:
+    def test_the_documentation_names_every_field(self, tmp_path):
+        assert bench(tmp_path, "--config", "same-8", "--mode", "step", "--provider", "attn_gate") == 0
+        results = load(tmp_path)
+        text = (Path(__file__).parent.parent / "docs" / "benchmark.md").read_text()
+        documented = set(re.findall(r"`(\w+)`", text))
+        row, modelled_row = results["rows"][0], results["modelled"]["rows"][0]
+        fields = {*results, *row, *modelled_row, *results["modelled"], *results["configs"]["same-8"]}
+        assert fields <= documented, fields - documented
+
+    def test_rows(self, tmp_path):
+        assert bench(tmp_path, "--config", "same-8", "--mode", "step", "--provider", "attn_gate") == 0
+        results = load(tmp_path)
+        assert results["schema"] == 2 and results["interrupted"] is False
+        facts = {"processor", "cores", "threads", "load", "torch", "python", "pinning", "copy_gbps"}
+        assert facts <= set(results["machine"])
+        assert results["configs"]["same-8"]["gating_size"] == [8, 8]
+        (row,) = results["rows"]
+        assert (row["config"], row["mode"], row["provider"]) == ("same-8", "step", "attn_gate")
+        assert len(row["times_ms"]) == 2 * measure.CALLS
+        assert row["error"] <= row["tolerance"] and row["worst"]
+        assert row["peak_bytes"] > row["kept_bytes"] > 0
+        assert row["gbps"] == pytest.approx(row["needed_bytes"] / row["median_ms"] / 1e6)
+        with open(tmp_path / "results.csv") as file:
+            (line,) = csv.DictReader(file)
+        assert set(line) == set(row) - {"times_ms"}
+        assert float(line["median_ms"]) == row["median_ms"]
+
+    def test_what_is_read_is_what_was_written(self, tmp_path):
+        assert bench(tmp_path, "--config", "same-8,oktay-4", "--provider", "limit") == 0
+        again = read(tmp_path)
+        assert again.configs == {name: TINY[name] for name in ("same-8", "oktay-4")}
+        assert json.loads(json.dumps(again.to_json())) == load(tmp_path)
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1}'])
+    def test_other_files_are_refused(self, content, tmp_path):
+        path = tmp_path / "results.json"
+        path.write_text(content)
+        with pytest.raises(ValueError, match="results.json (isn't a results.json|has schema 1)"):
+            read(path)
+
+    def test_speedups(self):
+        rows = [
+            Row("a", "float32", 2, "step", "attn_gate", times_ms=[2.0]),
+            Row("a", "float32", 2, "step", "eager", times_ms=[3.0, 9.0, 4.0]),
+            Row("a", "float32", 1, "step", "eager", times_ms=[30.0]),
+        ]
+        results = Results("", {"threads": 2}, {}, rows=rows)
+        assert results.speedup("a", "step", "attn_gate", over="eager") == 2.0
+        assert results.speedup("a", "step", "attn_gate", over="compile") is None
 
 
-def test_schema(tmp_path):
-    assert bench(tmp_path, "--config", "same-8", "--mode", "step", "--provider", "attn_gate") == 0
-    results = read(tmp_path)
-    assert set(results) == {"schema", "started", "interrupted", "machine", "settings", "configs", "rows"}
-    assert results["schema"] == 1 and results["interrupted"] is False
-    assert {"cpu", "cores", "threads", "load", "torch", "python"} <= set(results["machine"])
-    assert results["configs"]["same-8"]["gating_size"] == [8, 8]
-    (row,) = results["rows"]
-    assert (row["config"], row["mode"], row["provider"]) == ("same-8", "step", "attn_gate")
-    assert len(row["times_ms"]) == 2 * measure.CALLS
-    assert row["error"] <= row["tolerance"] and row["worst"]
-    assert row["peak_bytes"] > row["kept_bytes"] > 0
-    with open(tmp_path / "results.csv") as file:
-        (line,) = csv.DictReader(file)
-    assert set(line) == set(row) - {"times_ms"}
-    assert float(line["median_ms"]) == row["median_ms"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json"]
+class TestSummary:
+    def test_one_sample_is_everything(self):
+        s = summarise([2.0])
+        assert (s.median, s.q1, s.q3, s.low, s.high, s.outliers) == (2.0, 2.0, 2.0, 2.0, 2.0, 0)
+
+    def test_quartiles_and_outliers(self):
+        s = summarise([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
+        assert (s.q1, s.median, s.q3, s.outliers) == (2.25, 3.5, 4.75, 1)
+        assert s.noisy and not summarise([1.0, 1.01, 1.02]).noisy
+
+    def test_the_median_is_within_its_interval_in_19_of_20_cases(self):
+        generator = torch.Generator().manual_seed(0)
+        samples = torch.randn((2000, 21), generator=generator).exp()
+        inside = sum(s.low <= 1.0 <= s.high for s in map(summarise, samples.tolist()))
+        assert 0.93 <= inside / 2000 <= 0.99
 
 
-def test_wrong_results_get_no_time(monkeypatch, tmp_path, capsys):
-    def make(case: Case, mode: str) -> Program:
-        gate = torch.nn.Module()
-        gate.forward = lambda x, g: case.gate(x, g) * 1.001
-        return module_program(case, mode, gate)
+class TestBaseline:
+    @staticmethod
+    def results(scale: float, ours: float, spread: float = 0.01) -> Results:
+        def times(median: float) -> list[float]:
+            return [median * (1 + spread * step) for step in range(-5, 6)]
 
-    plant(monkeypatch, make)
-    assert bench(tmp_path, "--provider", "planted,eager", "--config", "same-8", "--mode", "inference") == 1
-    rows = {row["provider"]: row for row in read(tmp_path)["rows"]}
-    assert rows["eager"]["status"] == "measured"
-    assert rows["planted"]["status"] == "wrong"
-    assert rows["planted"]["times_ms"] == [] and rows["planted"]["median_ms"] is None
-    assert "planted: wrong at same-8 inference: y is off" in capsys.readouterr().out
+        rows = [
+            Row(name, "float32", 2, "step", "attn_gate", times_ms=times(10 * ours * scale))
+            for name in ("a", "b")
+        ]
+        rows += [
+            Row(name, "float32", 2, "step", "eager", times_ms=times(20 * scale)) for name in ("a", "b", "c")
+        ]
+        return Results("then", {"threads": 2}, {}, rows=rows)
 
+    @pytest.mark.parametrize(
+        ("ours", "verdict"), [(1.3, "slower"), (0.7, "faster"), (1.0, "same"), (1.02, "same")]
+    )
+    def test_verdicts_without_the_machines_own_change(self, ours, verdict):
+        compared = baseline.compare(self.results(1.5, ours), self.results(1.0, 1.0))
+        assert [row["verdict"] for row in compared["rows"]] == [verdict] * 2
+        assert compared["drift"] == pytest.approx(0.5)
+        assert compared["rows"][0]["change"] == pytest.approx(ours - 1)
+        assert baseline.is_slower(compared) == (verdict == "slower")
 
-def test_a_wrong_gradient_gets_no_time(monkeypatch, tmp_path):
-    def make(case: Case, mode: str) -> Program:
-        program = PROVIDERS["eager"].make(case, mode)
+    def test_noise_is_no_change(self):
+        compared = baseline.compare(self.results(1.0, 1.15, spread=0.1), self.results(1.0, 1.0, spread=0.1))
+        assert {row["verdict"] for row in compared["rows"]} == {"unclear"}
 
-        def results():
-            found = program.results()
-            return {**found, "d phi.weight": found["d phi.weight"] * 1.001}
-
-        return Program(program.call, results)
-
-    plant(monkeypatch, make)
-    assert bench(tmp_path, "--provider", "planted", "--config", "paper-8", "--mode", "step") == 1
-    (row,) = read(tmp_path)["rows"]
-    assert (row["status"], row["worst"]) == ("wrong", "d phi.weight")
-
-
-def test_a_provider_that_fails_costs_its_own_row_only(monkeypatch, tmp_path, capsys):
-    def make(case: Case, mode: str) -> Program:
-        raise RuntimeError("unsupported operator\nwith a long explanation")
-
-    plant(monkeypatch, make)
-    assert bench(tmp_path, "--provider", "planted,eager", "--config", "same-8", "--mode", "inference") == 1
-    assert [row["status"] for row in read(tmp_path)["rows"]] == ["measured", "failed"]
-    assert "RuntimeError: unsupported operator" in capsys.readouterr().out
-
-
-def test_a_package_that_is_missing_is_no_failure(monkeypatch, tmp_path, capsys):
-    missing = Provider("planted", "planted", lambda case, mode: None, packages=("no_such_package",))
-    monkeypatch.setitem(PROVIDERS, "planted", missing)
-    assert bench(tmp_path, "--provider", "planted,eager", "--config", "same-8", "--mode", "inference") == 0
-    assert "planted: unavailable: pip install no_such_package" in capsys.readouterr().out
+    def test_end_to_end(self, tmp_path, capsys):
+        args = ("--config", "same-8", "--mode", "inference", "--provider", "attn_gate,limit")
+        assert bench(tmp_path / "old", *args) == 0
+        content = load(tmp_path / "old")
+        for row in content["rows"]:
+            if row["provider"] == "attn_gate":
+                row["times_ms"] = [t / 100 for t in row["times_ms"]]
+        (tmp_path / "old" / "results.json").write_text(json.dumps(content))
+        assert bench(tmp_path / "new", *args, "--baseline", str(tmp_path / "old")) == 1
+        assert load(tmp_path / "new")["compared"]["rows"][0]["verdict"] == "slower"
+        assert "slower" in capsys.readouterr().out
 
 
-def test_interrupted_it_keeps_what_was_measured(monkeypatch, tmp_path, capsys):
-    calls = []
+class TestCase:
+    def test_no_preactivation_is_left_where_rounding_decides(self):
+        made = Case(TINY["lee-8"])
+        made.inputs[0][:, :, 3, 3] = 0.0  # then theta is its bias there: make that phi's negative
+        made.settle()
+        close = []
+        double = made.module.double()
+        double.relu.register_forward_pre_hook(lambda m, args: close.append(args[0].abs().min()))
+        for training in (False, True):
+            double.train(training)(*(t.double() for t in made.inputs))
+        assert min(close) >= case._MARGIN
 
-    def make(case: Case, mode: str) -> Program:
-        def call() -> None:
-            calls.append(case.config.name)
-            # The second config: checked without memory, then warmed up, then the second turn.
-            if calls.count("paper-8") == 2 + measure.CALLS + 1:
-                raise KeyboardInterrupt
-
-        return Program(call, counts_peak=False)
-
-    plant(monkeypatch, make)
-    assert bench(tmp_path, "--provider", "planted,eager", "--mode", "inference") == 130
-    results = read(tmp_path)
-    assert results["interrupted"] is True
-    counts = {(row["config"], row["provider"]): len(row["times_ms"]) for row in results["rows"]}
-    assert counts["same-8", "planted"] == counts["same-8", "eager"] == 2 * measure.CALLS
-    assert counts["paper-8", "planted"] == measure.CALLS
-    assert not any(config == "same3d-4" for config, _ in counts)
-    assert "interrupted" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("option", "name", "hint"),
-    [
-        ("--config", "smae-8", "did you mean same-8"),
-        ("--provider", "eagre", "did you mean eager"),
-        ("--mode", "steps", "did you mean step"),
-        ("--config", "", "there are same-8, paper-8"),
-    ],
-)
-def test_names_that_do_not_exist(option, name, hint, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        commands.main(["bench", option, name])
-    assert exit_info.value.code == 2
-    assert hint in " ".join(capsys.readouterr().err.split())
-
-
-def test_names_of_families():
-    assert list(select("config", ["paper-64", "same"], CONFIGS)) == [
-        "same-256", "same-128", "same-64", "same-32", "paper-64",
-    ]  # fmt: skip
-
-
-def test_medians_speedups_and_single_samples():
-    rows = [
-        Row("a", "step", "attn_gate", times_ms=[2.0]),
-        Row("a", "step", "eager", times_ms=[3.0, 9.0, 4.0]),
-    ]
-    results = Results("", {}, {}, rows=rows)
-    assert results.speedup("a", "step", "attn_gate", over="eager") == 2.0
-    assert results.speedup("a", "step", "attn_gate", over="compile") is None
-    assert rows[0].quartiles_ms == (2.0, 2.0) and rows[1].quartiles_ms == (3.5, 6.5)
+    def test_norms_count(self):
+        made = Case(TINY["lee-8"])
+        assert gates.has_norms(made.module) and not gates.has_norms(Case(TINY["same-8"]).module)
+        assert (made.module.theta_norm.running_var != 1).all()
 
 
 class TestMemory:
@@ -210,7 +388,7 @@ class TestMemory:
 
     def test_peak_counts_temporaries_and_the_result(self):
         x = torch.randn(2**18)
-        peak = peak_bytes(lambda: (x + 1) * 2)
+        peak = allocated_peak(lambda: (x + 1) * 2)
         assert 2 * x.nbytes <= peak < 2.1 * x.nbytes
 
     def test_peak_is_not_the_sum(self):
@@ -220,4 +398,53 @@ class TestMemory:
             for _ in range(5):
                 x.clone()
 
-        assert x.nbytes <= peak_bytes(call) < 1.1 * x.nbytes
+        assert x.nbytes <= allocated_peak(call) < 1.1 * x.nbytes
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc, which Linux has")
+    def test_resident_counts_what_was_freed_again(self):
+        grown = resident_growth(lambda: torch.ones(2**24).sum())
+        assert 0.8 * 2**26 <= grown <= 1.5 * 2**26
+
+    @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc, which Linux has")
+    def test_resident_in_a_process_of_its_own(self):
+        least = 4 * math.prod(CONFIGS["same-32"].x_shape)
+        assert resident.resident_bytes("same-32", "float32", 1, "inference", "eager") > least
+        with pytest.raises(RuntimeError, match="KeyError"):
+            resident.resident_bytes("no-such", "float32", 1, "inference", "eager")
+
+    def test_the_largest_batch_fits_and_one_more_does_not(self):
+        limit = 100_000
+        found = fits.largest_batch(Case, TINY["same-8"], "float32", "eager", Device(), limit)
+        assert found["batch"] > 1 and found["bytes"] <= limit < found["more_bytes"]
+
+    def test_not_even_one_fits(self):
+        found = fits.largest_batch(Case, TINY["same-8"], "float32", "eager", Device(), 10)
+        assert found["batch"] == 0 and found["more_bytes"] > 10
+
+
+class TestModel:
+    def test_eager_moves_what_the_design_counts(self):
+        config = Config("same-64", "", "same_grid", 64, 64, 32, (64, 64), batch=1)
+        channel = 64 * 64
+        moved = sum(kernel.elements for kernel in modelled.eager_kernels(config, "inference"))
+        assert moved == pytest.approx(16 * 32 * channel, rel=0.02)
+        assert traffic.needed_bytes(config, "inference", "float32") == 4 * 6 * 32 * channel
+
+    def test_operations_are_those_of_the_projections(self):
+        config = Config("paper-64", "", "paper", 8, 16, 4, (64, 64), batch=1)
+        coarse = 32 * 32
+        expected = 2 * coarse * 4 * (4 * 8 + 16 + 1) + 64 * 64 * 8
+        assert traffic.needed_flops(config, "inference") == expected
+        assert traffic.needed_flops(config, "step") == 3 * expected
+
+    def test_memory_binds_the_finest_level(self):
+        config, gpu = CONFIGS["same-256"], modelled.GPUS[0]
+        seconds = traffic.needed_bytes(config, "inference", "bfloat16") / (gpu.gbps * 1e9)
+        assert modelled.fused_ms(config, "inference", "bfloat16", gpu) == pytest.approx(1e3 * seconds)
+
+    def test_it_is_labelled_and_apart(self, tmp_path):
+        assert bench(tmp_path, "--config", "same-8", "--mode", "inference", "--provider", "limit") == 0
+        content = load(tmp_path)["modelled"]
+        assert "not measured" in content["label"]
+        assert {row["gpu"] for row in content["rows"]} == {gpu.name for gpu in modelled.GPUS}
+        assert all(row["eager_ms"] > row["attn_gate_ms"] > 0 for row in content["rows"])
