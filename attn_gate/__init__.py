@@ -3,7 +3,11 @@
 from . import functional, reference
 from ._version import __version__
 from .autograd import AttentionGateFunction
+from .capture import capture_attention
+from .families import GateFamily, register_family
+from .fuse import FusionReport, fuse_gates, unfuse_gates
 from .module import AttentionGate
+from .plot import plot_attention
 from .spec import GateSpec
 from .unet import AttentionUNet
 
@@ -11,8 +15,15 @@ __all__ = [
     "AttentionGate",
     "AttentionGateFunction",
     "AttentionUNet",
+    "FusionReport",
+    "GateFamily",
     "GateSpec",
     "__version__",
+    "capture_attention",
     "functional",
+    "fuse_gates",
+    "plot_attention",
     "reference",
+    "register_family",
+    "unfuse_gates",
 ]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attn_gate import engine
 from attn_gate.folding import FoldCache
+from attn_gate.listening import tell
 from attn_gate.norms import make_norm
 from attn_gate.spec import Fusion, GateSpec
 
@@ -159,6 +160,7 @@ class AttentionGate(nn.Module):
         y, alpha = engine.run(
             self.spec, self, x, g, backend=self.backend, recompute=self.recompute, cache=self._fold_cache
         )
+        tell(self, alpha)
         return (y, alpha) if return_attention else y
 
     def fusion(self, x: Tensor | None = None) -> Fusion:

@@ -1,0 +1,217 @@
+"""fuse_gates: the attention gates of a model made to run fused, in place; unfuse_gates undoes it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from attn_gate import backends, checks, engine, families, patch
+from attn_gate.module import AttentionGate
+from attn_gate.probe import probe
+
+_PLANS = {
+    "whole": "whole gate, one operator",
+    "whole_logits": "projections to logits, and the product",
+    "chain": "sum to product",
+    "chain_logits": "sum to logits, and the product",
+    "apply": "the product",
+}
+
+
+@dataclass(frozen=True)
+class GateEntry:
+    """One gate of a FusionReport; what it says about fusion is looked up at each access.
+
+    name: the module's in the model; family: of its description, "" where none is known.
+    """
+
+    name: str
+    family: str
+    module: nn.Module = field(repr=False)
+    refused: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why the gate is left alone now; empty where it runs fused."""
+        state = patch.state_of(self.module)
+        if state is None:
+            return self.refused or "unfuse_gates was called"
+        return state.why_original(self.module)
+
+    @property
+    def fused(self) -> str:
+        """What of it fused operators compute now, and why not more; empty where it is left alone."""
+        state = patch.state_of(self.module)
+        if state is None or self.reason:
+            return ""
+        fusion = engine.fusion(state.found.spec, patch.layers_of(self.module, state.paths))
+        text = _PLANS[fusion.plan] + (f" ({fusion.reason})" if fusion.reason else "")
+        if not self.module.training and state.found.training:
+            text += f"; left alone in training mode: there {state.found.training}"
+        return text
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs it where its parameters are."""
+        state, parameter = patch.state_of(self.module), next(self.module.parameters(), None)
+        if state is None or parameter is None or self.reason:
+            return ""
+        return backends.choose(state.backend, parameter)
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """The gates of a model: `print(report)` for a table.
+
+    It is live: a hook that is added later, a mode or a device that changes shows in what it says next.
+    """
+
+    gates: tuple[GateEntry, ...]
+
+    @property
+    def fused(self) -> dict[str, str]:
+        """{module name: what of it is fused}."""
+        return {gate.name: gate.fused for gate in self.gates if not gate.reason}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """{module name: why it is left alone}."""
+        return {gate.name: gate.reason for gate in self.gates if gate.reason}
+
+    def __str__(self) -> str:
+        try:
+            from rich.console import Console
+        except ImportError:
+            Console = None
+        if Console is None or not self.gates:
+            rows = [f"  {name}: {text}" for name, text in self.fused.items()]
+            rows += [f"  {name}: left alone: {text}" for name, text in self.skipped.items()]
+            return "\n".join([self._summary(), *rows])
+        text = io.StringIO()
+        Console(file=text, width=max(Console().width, 100)).print(self)
+        return text.getvalue().rstrip()
+
+    def __rich__(self):
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, title=self._summary())
+        table.add_column("gate", overflow="fold", no_wrap=True)
+        for column in ("family", "fused", "backend"):
+            table.add_column(column)
+        for gate in self.gates:
+            said = f"[yellow]left alone:[/] {_escaped(gate.reason)}" if gate.reason else _escaped(gate.fused)
+            table.add_row(_escaped(gate.name), _escaped(gate.family), said, gate.backend or "-")
+        return table
+
+    def _summary(self) -> str:
+        if not self.gates:
+            return "no attention gates found"
+        return f"{len(self.fused)} of {len(self.gates)} attention gates run fused"
+
+
+def fuse_gates(model: nn.Module, backend: str = "auto", *, recompute: str | bool = "auto") -> FusionReport:
+    """Finds the attention gates of a model and makes them run fused, in place.
+
+        report = attn_gate.fuse_gates(model)
+        print(report)
+
+    Parameters, buffers, state_dict keys, module names, hooks, mode, dtype, device, and the gates' call and
+    results stay what they were; so checkpoints fit both ways. Gates are recognised by their layers (see
+    attn_gate.GateFamily and register_family), and only taken if a run of each, on tiny random input in eval
+    and training mode, agreed with its own forward. A gate whose layers get hooks or parametrisations, then or
+    later, runs as it was; so does a call that the operators don't take.
+
+    Args:
+        model: any module; a gate itself too. Call it before DistributedDataParallel, fully_shard and
+            torch.compile.
+        backend: "auto" | "cpu" | "cuda" | "triton" | "eager", as in AttentionGate.
+        recompute: True, False or "auto", as in functional.attention_gate.
+
+    Returns:
+        The report: each gate, its family, what is fused by which backend, and for a gate that is left alone
+        the reason. Gates that are AttentionGate modules fuse themselves and aren't in it.
+
+    Raises:
+        TypeError: model is no module. ValueError: there is no such backend, or it can't run on the device of
+            the gates.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    checks.check_choice("backend", backend, backends.BACKENDS)
+    checks.check_recompute(recompute)
+    unfuse_gates(model)
+    found = [
+        (name, module, family)
+        for name, module in model.named_modules()
+        if not isinstance(module, AttentionGate)
+        for family in [_family_of(module)]
+        if family is not None
+    ]
+    for name, module, _ in found:
+        parameter = next(module.parameters(), None)
+        if backend != "auto" and parameter is not None and parameter.device.type != "meta":
+            if reason := backends.why_not(backend, parameter.device):
+                raise ValueError(f"backend is {backend!r}, which can't be used for {name}: {reason}")
+    return FusionReport(tuple(_fuse(name, module, backend, recompute) for name, module, _ in found))
+
+
+def unfuse_gates(model: nn.Module) -> int:
+    """Undoes fuse_gates: every gate below `model` has its own class and forward again.
+
+    Returns:
+        How many gates there were.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    gates = [module for module in model.modules() if patch.state_of(module) is not None]
+    for module in gates:
+        patch.unpatch(module)
+    return len(gates)
+
+
+def _family_of(module: nn.Module) -> families.GateFamily | None:
+    return next((family for family in families.FAMILIES if families.has_layers(family, module)), None)
+
+
+def _fuse(name: str, module: nn.Module, backend: str, recompute: str | bool) -> GateEntry:
+    """Fuses the module, as the first family with such layers whose description agrees with it."""
+    reasons = []
+    for family in families.FAMILIES:
+        if not families.has_layers(family, module):
+            continue
+        try:
+            if isinstance(module, torch.jit.ScriptModule):
+                raise families.Unreadable("it is compiled by TorchScript: fuse before scripting")
+            if "forward" in module.__dict__:
+                raise families.Unreadable("its forward was replaced on the instance")
+            if any(hasattr(p, "device_mesh") for p in module.parameters()):
+                raise families.Unreadable("its parameters are sharded: call fuse_gates before fully_shard")
+            structure = families.read_structure(family, module)
+            found = probe(family, structure, module)
+            if found.spec.fusion().plan == "eager":
+                raise families.Unreadable(found.spec.fusion().reason)
+        except families.Unreadable as error:
+            reasons.append((family.name, str(error)))
+            continue
+        state = patch.FusedGate(
+            family.name,
+            found,
+            structure.paths,
+            structure.channels,
+            backend,
+            recompute,
+            tuple((path, type(layer)) for path, layer in patch.walk(module)),
+        )
+        patch.patch(module, state)
+        return GateEntry(name, family.name, module)
+    return GateEntry(name, reasons[0][0], module, reasons[0][1])
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,251 @@
+"""A gate of another class, made to run fused in place.
+
+The instance gets a class of its own, a subclass of the one it had with the same name, whose forward runs the
+fused operators where they compute what the original forward would, and that forward everywhere else. The
+modules, parameters, buffers and hooks stay where they are. What is known about the gate lies in one attribute
+of the instance, `_attn_gate`: copies, pickles and checkpoints of whole modules carry it along.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from attn_gate import eager, engine
+from attn_gate.families import Layers, norm_kind
+from attn_gate.folding import FoldCache, has_hooks
+from attn_gate.listening import LISTENER, tell
+from attn_gate.probe import Found, arrange
+
+STATE = "_attn_gate"
+_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class FusedGate:
+    """What is known about one gate: how its forward is called, what it computes, and where its layers are."""
+
+    family: str
+    found: Found
+    paths: Layers
+    channels: tuple[int, int]
+    backend: str
+    recompute: str | bool
+    layers: tuple[tuple[str, type], ...]  # path and class of every layer, as seen when the gate was fused
+    cache: FoldCache = field(default_factory=FoldCache)
+
+    def why_original(self, gate: nn.Module) -> str:
+        """Why the gate runs its original forward now; empty while it runs fused."""
+        if not torch.compiler.is_compiling() and _listened_globally():
+            return "a hook on all modules (register_module_*_hook) waits for its layers to be called"
+        dims = self.found.spec.spatial_dims
+        count = 0
+        for path, layer in walk(gate):
+            if has_hooks(layer):
+                return f"a hook on {path} waits for that layer to be called"
+            known, seen = self.layers[count] if count < len(self.layers) else ("", type(None))
+            if path != known or not _as_seen(type(layer), seen, dims):
+                return f"{path} is a {type(layer).__name__} now{_remark(layer)}"
+            if layer.training and self.found.training:
+                return f"in training mode {self.found.training}; in eval mode it runs fused"
+            count += 1
+        return "" if count == len(self.layers) else f"{self.layers[count][0]} is gone"
+
+    def takes(self, gate: nn.Module, x: Any, g: Any) -> bool:
+        """Whether the fused operators compute for these maps what the original forward does.
+
+        Where they may not, the original runs, with its own broadcasting and its own errors.
+        """
+        if not (isinstance(x, Tensor) and isinstance(g, Tensor)):
+            return False
+        spec, dims = self.found.spec, self.found.spec.spatial_dims + 2
+        if (x.ndim, g.ndim) != (dims, dims) or x.shape[0] != g.shape[0] or x.device != g.device:
+            return False
+        if (x.shape[1], g.shape[1]) != self.channels:
+            return False
+        weight = find_layer(gate, self.paths.theta).weight
+        if is_traceable_wrapper_subclass(x) or is_traceable_wrapper_subclass(weight):
+            return False  # a distributed tensor, say, which the operators know nothing of
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            return False  # what others load has to hold their operators only
+        if not torch.is_autocast_enabled(x.device.type):
+            if not x.dtype == g.dtype == weight.dtype:
+                return False
+        elif torch.float64 in (x.dtype, g.dtype, weight.dtype):
+            return False
+        x_size, g_size = x.shape[2:], g.shape[2:]
+        theta, phi = spec.theta_grid(x_size, g_size), spec.phi_grid(g_size)
+        if min(*x_size, *g_size, *theta, *phi) < 1:
+            return False
+        return spec.phi_resize != "none" or theta == phi
+
+    def maps(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """x and g of a call; None where it isn't made of those two."""
+        names = self.found.arguments
+        if len(args) + len(kwargs) != 2 or not all(name in names for name in kwargs):
+            return None
+        values = dict(zip(names, args, strict=False))
+        if any(name in values for name in kwargs):
+            return None
+        values.update(kwargs)
+        first, second = values[names[0]], values[names[1]]
+        return (first, second) if self.found.x_first else (second, first)
+
+    def run(self, gate: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """The gate's results, fused; in the dtypes that its own forward would return them in."""
+        spec, parts = self.found.spec, layers_of(gate, self.paths)
+        options = {"backend": self.backend, "recompute": self.recompute, "cache": self.cache}
+        device = x.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if autocast is not None and parts.W is None and x.dtype != autocast:
+            # The product of x and a map in autocast's dtype has the wider one of both.
+            x = x.to(torch.promote_types(x.dtype, autocast))
+            with torch.autocast(device, enabled=False):
+                y, alpha = engine.run(spec, parts, x, g.to(x.dtype), **options)
+        else:
+            y, alpha = engine.run(spec, parts, x, g, **options)
+        tell(gate, alpha)
+        if self.found.returns != "y":
+            alpha = alpha.to(x.dtype if autocast is None else autocast)
+        return arrange(spec, self.found.returns, x, y, alpha)
+
+
+def patch(gate: nn.Module, state: FusedGate) -> None:
+    """Gives the gate its class and its state."""
+    gate.__dict__[STATE] = state
+    if not _is_patched(type(gate)):
+        gate.__class__ = _fused_class(type(gate))
+
+
+def unpatch(gate: nn.Module) -> None:
+    """Undoes `patch`. A class that others made of ours (FSDP2) stays, with the original forward's results."""
+    gate.__dict__.pop(STATE, None)
+    if type(gate) is _classes.get(type(gate).__mro__[1]):
+        gate.__class__ = type(gate).__mro__[1]
+
+
+def state_of(module: nn.Module) -> FusedGate | None:
+    """What `patch` gave to the module; None for all others."""
+    return module.__dict__.get(STATE)
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Path and layer of everything below a gate, but what is below its convolutions and norms."""
+    for name, child in module._modules.items():
+        if child is not None:
+            path = prefix + name
+            yield path, child
+            if child._modules and not isinstance(child, nn.modules.conv._ConvNd) and not norm_kind(child):
+                yield from walk(child, path + ".")
+
+
+def layers_of(gate: nn.Module, paths: Layers) -> Layers:
+    """The gate's layers as they are now."""
+    return Layers(*[None if path is None else find_layer(gate, path) for path in paths])
+
+
+def find_layer(gate: nn.Module, path: str) -> nn.Module:
+    """The layer at a dotted path."""
+    for name in path.split("."):
+        gate = gate._modules[name]
+    return gate
+
+
+def _run(gate: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    state = getattr(gate, STATE, None)
+    maps = None if state is None else state.maps(args, kwargs)
+    if maps is None or not state.takes(gate, *maps) or state.why_original(gate):
+        if state is not None and getattr(gate, LISTENER, None) is not None:
+            return _heard(state, gate, original, args, kwargs)
+        return original(gate, *args, **kwargs)
+    if has_torch_function(maps):
+        # Tensors that know more than numbers, as MONAI's: their class wraps the results.
+        results = handle_torch_function(functools.partial(state.run, gate), maps, *maps)
+    else:
+        results = state.run(gate, *maps)
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _fused_class(cls: type) -> type:
+    """The class of fused gates of class `cls`; one for all of them."""
+    if cls not in _classes:
+        names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+        members = {**names, "forward": _fused_forward(cls.forward), "__reduce_ex__": _reduce, STATE: None}
+        _classes[cls] = type(cls.__name__, (cls,), members)
+    return _classes[cls]
+
+
+def _fused_forward(original: Callable) -> Callable:
+    """A forward in front of `original`. TorchScript, which compiles source code, finds that of `original`:
+    by __wrapped__, and with the globals that its names are looked up in."""
+    run = _run
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run(self, original, args, kwargs)
+
+    forward = types.FunctionType(
+        forward.__code__, original.__globals__, original.__name__, None, forward.__closure__
+    )
+    return functools.update_wrapper(forward, original)
+
+
+def _is_patched(cls: type) -> bool:
+    return any(base in _classes.values() for base in cls.__mro__)
+
+
+def _reduce(self: nn.Module, protocol: int) -> tuple:
+    """As the original class's, with `_rebuild` in place of a class that no import finds."""
+    fused = next(base for base in type(self).__mro__ if base in _classes.values())
+    function, args, *rest = super(fused, self).__reduce_ex__(protocol)
+    if function is copyreg.__newobj__ and args[0] is fused:
+        function, args = _rebuild, (fused.__mro__[1], *args[1:])
+    return (function, args, *rest)
+
+
+def _rebuild(cls: type, *args: Any) -> nn.Module:
+    fused = _fused_class(cls)
+    return fused.__new__(fused, *args)
+
+
+def _as_seen(now: type, seen: type, dims: int) -> bool:
+    if issubclass(seen, nn.modules.conv._ConvNd):
+        return now is engine.CONVOLUTIONS[dims]  # a parametrised or quantised one is another class
+    return now is seen or (issubclass(now, _BatchNorm) and issubclass(seen, _BatchNorm))
+
+
+def _remark(layer: nn.Module) -> str:
+    return " (parametrised)" if torch.nn.utils.parametrize.is_parametrized(layer) else ""
+
+
+def _listened_globally() -> bool:
+    return bool(
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    )
+
+
+def _heard(state: FusedGate, gate: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:
+    """The original forward's results; the listener hears of the map that it makes."""
+
+    def hear(layer: nn.Module, inputs: Any, logits: Tensor) -> None:
+        tell(gate, eager.normalise(logits, state.found.spec.normaliser))
+
+    handle = find_layer(gate, state.paths.psi_norm or state.paths.psi).register_forward_hook(hear)
+    try:
+        return original(gate, *args, **kwargs)
+    finally:
+        handle.remove()

@@ -1,0 +1,293 @@
+"""What a gate computes, found by running it on tiny random input and comparing with candidate GateSpecs.
+
+The gate itself is never run. A twin with random parameters in float64 on the CPU is: it has no hooks, shares
+no tensor with the gate, and draws from a generator of its own, so that no parameter, buffer, mode or random
+state changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attn_gate import engine, reference
+from attn_gate.families import OPTIONS, GateFamily, Layers, Structure, Unreadable, find
+from attn_gate.folding import FoldCache
+from attn_gate.spec import GateSpec
+
+_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_TOLERANCE = 1e-8  # of float64 results, relative to their scale
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Found(NamedTuple):
+    """What a gate computes.
+
+    spec: the description that agrees; phi_resize="none" also says that the gate takes g on theta's grid only.
+    arguments: names of (x, g) in its forward; x_first: whether x is the first of them.
+    returns: "y"; "y, alpha" or "y, resized alpha" (on x's grid).
+    training: why it doesn't agree in training mode; empty where it does.
+    """
+
+    spec: GateSpec
+    arguments: tuple[str, str]
+    x_first: bool
+    returns: str
+    training: str
+
+
+class Results(NamedTuple):
+    """What a gate returns, and, where they were asked for, gradients and buffers afterwards."""
+
+    outputs: tuple[Tensor, ...]
+    rest: tuple[Tensor | None, ...] = ()
+
+
+def probe(family: GateFamily, structure: Structure, gate: nn.Module) -> Found:
+    """What this gate computes.
+
+    Raises:
+        Unreadable: no description of the family agrees with it.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with torch.autocast("cpu", enabled=False), torch.device("cpu"):
+            return _probe(family, structure, gate)
+
+
+def bind_names(gate: nn.Module) -> tuple[str, str]:
+    """Names of the two maps in the gate's forward.
+
+    Raises:
+        Unreadable: it takes fewer, or needs more.
+    """
+    signature = inspect.signature(type(gate).forward)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(signature.parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind in kinds]
+    needed = [p.name for p in parameters[2:] if p.default is p.empty and p.kind in (*kinds, p.KEYWORD_ONLY)]
+    if len(names) < 2 or needed:
+        raise Unreadable(f"its forward takes {signature}, not two maps")
+    return names[0], names[1]
+
+
+def _probe(family: GateFamily, structure: Structure, gate: nn.Module) -> Found:
+    names = bind_names(gate)
+    generator = torch.Generator().manual_seed(0)
+    twin = _twin(gate, structure.spec.spatial_dims, generator, {})
+    failure = ""
+    for x_first in (False, True):
+        cases = []
+        for x_size, g_size in _sizes(structure.spec, dict(family.options).get("x_resize", ("none",))[0]):
+            x, g = _maps(structure.channels, x_size, g_size, generator)
+            try:
+                cases.append((x, g, _original(twin.eval(), x, g, x_first)))
+            except Exception as error:
+                failure = failure or f"{type(error).__name__}: {error}"
+        # The last case has grids that agree; a gate that takes no other is one without a resize.
+        for resized in [cases, cases[-1:]] if len(cases) > 1 else [cases]:
+            if not resized:
+                continue
+            for spec in _candidates(family, structure, resize=len(resized) > 1):
+                returns = _agrees(spec, structure.paths, twin, resized)
+                if returns:
+                    x, g, _ = resized[0]
+                    steps = (spec, structure.paths, twin, x, g, x_first, returns)
+                    if reason := _difference(*steps, training=False):
+                        raise Unreadable(reason)
+                    return Found(spec, names, x_first, returns, _difference(*steps, training=True))
+    reason = "no gate of its family computes what its forward does"
+    raise Unreadable(f"{reason} (on other input it raised {failure})" if failure else reason)
+
+
+def _candidates(family: GateFamily, structure: Structure, *, resize: bool) -> Iterator[GateSpec]:
+    """Descriptions to try, the likeliest first: those that differ in the fewest options from it."""
+    options = {**OPTIONS, **dict(family.options)}
+    if not resize:
+        options["resize"] = ("none",)
+    combinations = itertools.product(*[list(enumerate(values)) for values in options.values()])
+    by_likelihood = sorted(combinations, key=lambda chosen: sum(index > 0 for index, _ in chosen))
+    strided = any(s > 1 for s in structure.spec.theta_stride)
+    for chosen in by_likelihood:
+        fields = dict(zip(options, (value for _, value in chosen), strict=True))
+        mode = fields.pop("resize")
+        if mode != "none":
+            yield structure.spec.replace(phi_resize=mode, alpha_resize=mode, **fields)
+            continue
+        # g has to come on theta's grid; alpha may have to go to x's all the same.
+        for alpha in OPTIONS["resize"] if strided or fields["x_resize"] != "none" else ("none",):
+            yield structure.spec.replace(phi_resize="none", alpha_resize=alpha, **fields)
+
+
+def _sizes(spec: GateSpec, x_resize: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Grids of x and g: first two that don't fit, g coarser along one axis and finer along another; then two
+    that do."""
+
+    def before(size: tuple[int, ...], kernel: Any, stride: Any, pads: Any) -> tuple[int, ...]:
+        axes = zip(size, kernel, stride, pads, strict=True)
+        # With remainder: the last voxels of x are in no patch.
+        return tuple((n - 1) * s + k - sum(pad) + (s - 1) for n, k, s, pad in axes)
+
+    axes = spec.spatial_dims
+    theta, phi = (5, 4, 3)[:axes], (3, 6, 2)[:axes]
+    pads = spec.theta_pads(theta)
+    x_size = before(theta, spec.theta_kernel, spec.theta_stride, pads)
+    no_pads = ((0, 0),) * axes
+    unequal, equal = (before(n, spec.phi_kernel, spec.phi_stride, no_pads) for n in (phi, theta))
+    if x_resize != "none":
+        equal = x_size
+    return [(x_size, unequal), (x_size, equal)]
+
+
+def _maps(
+    channels: tuple[int, int], x_size: tuple[int, ...], g_size: tuple[int, ...], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    return tuple(
+        torch.randn(2, n, *size, generator=generator, dtype=torch.float64)
+        for n, size in zip(channels, (x_size, g_size), strict=True)
+    )
+
+
+def _original(twin: nn.Module, x: Tensor, g: Tensor, x_first: bool) -> tuple[Tensor, ...]:
+    """The results of the gate's own forward.
+
+    Raises:
+        Unreadable: they are no gate's.
+    """
+    result = type(twin).forward(twin, *((x, g) if x_first else (g, x)))
+    outputs = result if type(result) is tuple else (result,)
+    if not (1 <= len(outputs) <= 2 and all(isinstance(t, Tensor) for t in outputs)):
+        raise Unreadable("it returns neither y nor (y, alpha)")
+    if outputs[0].shape != x.shape or not all(t.isfinite().all() for t in outputs):
+        raise Unreadable("it doesn't return finite values in the shape of x")
+    return outputs
+
+
+def _agrees(
+    spec: GateSpec, paths: Layers, twin: nn.Module, cases: list[tuple[Tensor, Tensor, tuple[Tensor, ...]]]
+) -> str:
+    """What the gate returns, if this spec computes that in every case; else nothing."""
+    returns = {"y"} if len(cases[0][2]) == 1 else {"y, alpha", "y, resized alpha"}
+    with torch.no_grad():
+        for x, g, expected in cases:
+            try:
+                y, alpha = _run(spec, paths, twin, x, g)
+            except Exception:  # grids that this spec can't bring together
+                return ""
+            returns = {r for r in returns if _same(arrange(spec, r, x, y, alpha), expected)}
+            if not returns:
+                return ""
+    return min(returns)  # where both agree alpha is on x's grid already: "y, alpha"
+
+
+def arrange(spec: GateSpec, returns: str, x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
+    """The results in the form that the gate returns them."""
+    if returns == "y":
+        return (y,)
+    if returns == "y, resized alpha" and spec.alpha_resize != "none":
+        alpha = reference.resize(alpha, x.shape[2:], spec.alpha_resize)
+    return y, alpha
+
+
+def _difference(
+    spec: GateSpec,
+    paths: Layers,
+    twin: nn.Module,
+    x: Tensor,
+    g: Tensor,
+    x_first: bool,
+    returns: str,
+    *,
+    training: bool,
+) -> str:
+    """In what the gate and the spec differ over a step, gradients and running statistics included."""
+
+    def ours(net: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        return arrange(spec, returns, x, *_run(spec, paths, net, x, g))
+
+    try:
+        expected = _step(lambda net, x, g: _original(net, x, g, x_first), twin, x, g, training)
+    except Exception as error:
+        return f"its forward raised {type(error).__name__}: {error}"
+    found = _step(ours, twin, x, g, training)
+    if not _same(found.outputs, expected.outputs):
+        return "its results differ"
+    return "" if _same(found.rest, expected.rest) else "its gradients or running statistics differ"
+
+
+def _step(run: Callable, twin: nn.Module, x: Tensor, g: Tensor, training: bool) -> Results:
+    """Results, gradients and buffers of one step of a fresh copy."""
+    net = _twin(twin, 0, None, {}).train(training)
+    x, g = x.clone().requires_grad_(), g.clone().requires_grad_()
+    outputs = run(net, x, g)
+    # Weights that no symmetry of the results cancels.
+    loss = sum((t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in outputs)
+    grads = torch.autograd.grad(loss, [x, g, *net.parameters()], allow_unused=True)
+    return Results(outputs, (*grads, *net.buffers()))
+
+
+def _run(spec: GateSpec, paths: Layers, net: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    parts = Layers(*[find(net, path) for path in paths])
+    return engine.run(spec, parts, x, g, backend="cpu", recompute="auto", cache=FoldCache())
+
+
+def _same(found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> bool:
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours is None or theirs is None:
+            if ours is not theirs:
+                return False
+        elif ours.shape != theirs.shape:
+            return False
+        else:
+            scale = max(1.0, theirs.abs().max().item()) if theirs.numel() else 1.0
+            if not torch.allclose(ours.to(theirs.dtype), theirs, rtol=0, atol=_TOLERANCE * scale):
+                return False
+    return True
+
+
+def _twin(module: nn.Module, axes: int, generator: torch.Generator | None, memo: dict[int, Any]) -> nn.Module:
+    """A copy without hooks: of the values without a generator, else with random values in float64."""
+    if id(module) in memo:
+        return memo[id(module)]
+    twin = memo[id(module)] = type(module).__new__(type(module))
+    state = {k: _attribute(v) for k, v in module.__dict__.items()}
+    for name in _HOOKS:
+        state[name] = type(state[name])()
+    twin.__dict__.update(state)
+    if isinstance(module, nn.SyncBatchNorm):  # which takes no CPU tensors, and would wait for other processes
+        twin.__class__ = _BATCH_NORMS[axes]
+    twin._parameters = {k: _copied(p, k, generator, memo) for k, p in module._parameters.items()}
+    twin._buffers = {k: _copied(b, k, generator, memo) for k, b in module._buffers.items()}
+    twin._modules = {
+        k: child if child is None else _twin(child, axes, generator, memo)
+        for k, child in module._modules.items()
+    }
+    return twin
+
+
+def _attribute(value: Any) -> Any:
+    """A copy of what the forward may change or compute with."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.device.type != "meta":
+        return value.detach().to("cpu", torch.float64)
+    return value.copy() if isinstance(value, (dict, list, set)) else value
+
+
+def _copied(t: Tensor | None, name: str, generator: torch.Generator | None, memo: dict[int, Any]) -> Any:
+    if t is None:
+        return None
+    if id(t) not in memo:
+        if generator is None:
+            value = t.detach().clone()
+        elif not t.is_floating_point():
+            value = torch.zeros(t.shape, dtype=t.dtype)
+        elif name == "running_var":
+            value = torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
+        else:
+            fan_in = max(1, t[0].numel()) if t.ndim > 1 else 1
+            value = torch.randn(t.shape, generator=generator, dtype=torch.float64) / fan_in**0.5
+        memo[id(t)] = nn.Parameter(value) if isinstance(t, nn.Parameter) else value
+    return memo[id(t)]
