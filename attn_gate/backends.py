@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,6 +67,8 @@ def choose(backend: str, x: Tensor, operator: str = "attention_gate") -> str:
     Raises:
         ValueError: there is no such backend, or it can't run here; the message says why.
     """
+    if exporting_to_onnx():
+        return "eager"  # operators of the ONNX standard, which every runtime has
     argument = "backend"
     if backend == "auto" and os.environ.get(_VARIABLE):
         argument, backend = f"the environment variable {_VARIABLE}", os.environ[_VARIABLE]
@@ -83,6 +86,11 @@ def choose(backend: str, x: Tensor, operator: str = "attention_gate") -> str:
         if not torch.compiler.is_compiling():  # a logger would break the graph
             _log.debug("backend %s is skipped: %s", candidate, reason)
     return "eager"
+
+
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is at work: never before its module is imported, which takes a while."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def _preferred(device: torch.device, operator: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 from attn_gate import backends, checks, engine, families, patch
 from attn_gate.module import AttentionGate
 from attn_gate.probe import probe
+from attn_gate.spec import Fusion
 
 _PLANS = {
     "whole": "whole gate, one operator",
@@ -47,7 +48,7 @@ class GateEntry:
         state = patch.state_of(self.module)
         if state is None or self.reason:
             return ""
-        fusion = engine.fusion(state.found.spec, patch.layers_of(self.module, state.paths))
+        fusion = self._fusion(state)
         text = _PLANS[fusion.plan] + (f" ({fusion.reason})" if fusion.reason else "")
         if not self.module.training and state.found.training:
             text += f"; left alone in training mode: there {state.found.training}"
@@ -59,7 +60,11 @@ class GateEntry:
         state, parameter = patch.state_of(self.module), next(self.module.parameters(), None)
         if state is None or parameter is None or self.reason:
             return ""
-        return backends.choose(state.backend, parameter)
+        whole = self._fusion(state).plan.startswith("whole")
+        return backends.choose(state.backend, parameter, "attention_gate" if whole else "gate")
+
+    def _fusion(self, state: patch.FusedGate) -> Fusion:
+        return engine.fusion(state.found.spec, patch.layers_of(self.module, state.paths))
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def fuse_gates(model: nn.Module, backend: str = "auto", *, recompute: str | bool
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    checks.check_choice("backend", backend, backends.BACKENDS)
+    checks.check_choice("backend", backend, ("auto", *backends.BACKENDS))
     checks.check_recompute(recompute)
     unfuse_gates(model)
     found = [
@@ -154,7 +159,7 @@ def fuse_gates(model: nn.Module, backend: str = "auto", *, recompute: str | bool
     for name, module, _ in found:
         parameter = next(module.parameters(), None)
         if backend != "auto" and parameter is not None and parameter.device.type != "meta":
-            if reason := backends.why_not(backend, parameter.device):
+            if reason := backends.BACKENDS[backend].why_not(parameter.device, parameter.dtype):
                 raise ValueError(f"backend is {backend!r}, which can't be used for {name}: {reason}")
     return FusionReport(tuple(_fuse(name, module, backend, recompute) for name, module, _ in found))
 

@@ -24,6 +24,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attn_gate import eager, engine
+from attn_gate.backends import exporting_to_onnx
 from attn_gate.families import Layers, norm_kind
 from attn_gate.folding import FoldCache, has_hooks
 from attn_gate.listening import LISTENER, tell
@@ -78,7 +79,7 @@ class FusedGate:
         weight = find_layer(gate, self.paths.theta).weight
         if is_traceable_wrapper_subclass(x) or is_traceable_wrapper_subclass(weight):
             return False  # a distributed tensor, say, which the operators know nothing of
-        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        if torch.jit.is_tracing() or exporting_to_onnx():
             return False  # what others load has to hold their operators only
         if not torch.is_autocast_enabled(x.device.type):
             if not x.dtype == g.dtype == weight.dtype:
