@@ -1,6 +1,6 @@
 """attn_gate: the attention gate of Attention U-Net as fused operators, forward and backward."""
 
-from . import functional, reference
+from . import functional, keras, reference
 from ._version import __version__
 from .autograd import AttentionGateFunction
 from .capture import capture_attention
@@ -22,6 +22,7 @@ __all__ = [
     "capture_attention",
     "functional",
     "fuse_gates",
+    "keras",
     "plot_attention",
     "reference",
     "register_family",
