@@ -6,12 +6,12 @@ import csv
 import dataclasses
 import io
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from attn_gate.page.files import write
 
 from .registry import AnyConfig, Config, NetworkConfig
 from .summary import Summary, summarise
@@ -187,20 +187,3 @@ def read(path: Path) -> Results:
         compared=content["compared"],
         interrupted=content["interrupted"],
     )
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write the file at once: whoever reads finds the old content or the new, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

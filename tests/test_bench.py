@@ -1,9 +1,12 @@
 """`python -m attn_gate bench` on tiny gates: it measures, refuses wrong results, and keeps what it has."""
 
+import copy
 import csv
 import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,20 @@ import torch
 
 pytest.importorskip("rich")
 
-from attn_gate.bench import baseline, case, cli, fits, gates, measure, modelled, plan, resident, traffic
+from attn_gate.bench import (
+    baseline,
+    case,
+    charts,
+    cli,
+    fits,
+    gates,
+    measure,
+    modelled,
+    outputs,
+    plan,
+    resident,
+    traffic,
+)
 from attn_gate.bench.case import Case
 from attn_gate.bench.device import Device
 from attn_gate.bench.memory import allocated_peak, kept_bytes, resident_growth
@@ -22,6 +38,7 @@ from attn_gate.bench.summary import summarise
 
 from attn_gate import backends
 from attn_gate import cli as commands
+from attn_gate.page import theme
 
 TINY = {
     "same-8": Config("same-8", "tiny", "same_grid", 6, 6, 3, (8, 8)),
@@ -448,3 +465,116 @@ class TestModel:
         assert "not measured" in content["label"]
         assert {row["gpu"] for row in content["rows"]} == {gpu.name for gpu in modelled.GPUS}
         assert all(row["eager_ms"] > row["attn_gate_ms"] > 0 for row in content["rows"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The files of a run with everything: all kinds of rows, a comparison, largest batches, failures."""
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theme, "DPI", 60)
+        outputs.write_all(made_up_results(), folder)
+    return folder
+
+
+class TestOutputs:
+    def test_everything_is_written(self, folder):
+        plots = {f"{name}{look}.png" for name in charts.FIGURES for look in ("", "-dark")}
+        assert {path.name for path in (folder / "plots").iterdir()} == plots
+        files = {"results.json", "results.csv", "report.html", "table.md", "plots"}
+        assert {path.name for path in folder.iterdir()} == files
+
+    def test_the_page_needs_nothing_but_itself(self, folder):
+        text = (folder / "report.html").read_text(encoding="utf-8")
+        assert text.count("<img") == len(charts.FIGURES) and text.count("srcset=") == len(charts.FIGURES)
+        for foreign in ("http:", "https:", "url(", "@import", "<link", "<script", "<iframe"):
+            assert foreign not in text
+        for said in ("not measured", "broken: failed", "slower", "Largest batch", "Interrupted"):
+            assert said in text
+
+    def test_the_markdown_table_has_the_numbers(self, folder):
+        lines = (folder / "table.md").read_text().splitlines()
+        (line,) = [line for line in lines if "`same-256`" in line]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1] == "2 × 64 × 256²"
+        assert cells[2].startswith("2.0 / 1.50 / 1.25 ")  # eager, torch.compile, ONNX Runtime
+        assert len({line.count("|") for line in lines}) == 1
+        assert "`size-" not in "".join(lines)
+
+    def test_a_run_without_anything_has_a_page_too(self, tmp_path):
+        empty = Results("2026-01-01T00:00:00+00:00", {**made_up_results().machine}, {})
+        outputs.write_all(empty, tmp_path)
+        assert "<img" not in (tmp_path / "report.html").read_text()
+        assert (tmp_path / "table.md").read_text() == ""
+
+    @pytest.mark.parametrize("width", [360, 1280])
+    @pytest.mark.parametrize("look", ["light", "dark"])
+    def test_in_a_browser(self, width, look, folder, tmp_path):
+        """Nothing is wider than the screen, all pictures show, and the colours are those of the look."""
+        seen = browse(folder / "report.html", width, look, tmp_path)
+        assert seen["width"] <= width, f"{seen['width']} pixels wide"
+        assert seen["loaded"] == len(charts.FIGURES)
+        assert (sum(seen["background"]) < 3 * 60) == (look == "dark")
+        assert seen["narrowest"] >= min(width - 70, 280)
+
+
+def made_up_results() -> Results:
+    """Rows of several configs, providers and modes with invented times, for pages and plots."""
+    speed = {"attn_gate": 1.0, "eager": 2.0, "compile": 1.5, "onnxruntime": 1.25, "limit": 0.8}
+    names = ("same-256", "lee-32", "monai-96", "size-32", "size-64", "channels-16", "channels-32")
+    results = Results(
+        "2026-01-01T00:00:00+00:00",
+        {"processor": "P", "cores": 2, "threads": 2, "load": 3.0, "instructions": "avx2", "torch": "2",
+         "copy_gbps": 20.0, "peak_gflops": 200.0},
+        {"quick": True, "command": ["bench"]},
+        configs={name: CONFIGS[name] for name in names},
+        interrupted=True,
+    )  # fmt: skip
+    for number, name in enumerate(names):
+        for mode in ("inference", "step"):
+            for threads in (1, 2):
+                for provider, factor in speed.items():
+                    base = factor * (number + 1) * (3 if mode == "step" else 1) / threads
+                    row = Row(name, "float32", threads, mode, provider)
+                    row.times_ms = [base * (1 + 0.01 * i) for i in (-1, 0, 1)]
+                    row.kept_bytes, row.peak_bytes = int(factor * 2**20), int(factor * 2**24)
+                    if isinstance(CONFIGS[name], Config):
+                        row.needed_bytes = traffic.needed_bytes(CONFIGS[name], mode, "float32")
+                    results.add([row])
+    results.add([Row("lee-32", "float32", 2, "step", "openvino", "failed", "broken")])
+    fit = {"limit_bytes": 2**30, "batch": 3, "bytes": 2**29, "more_bytes": 2**31}
+    results.fits = [{"config": "same-256", "dtype": "float32", "provider": "eager", **fit}]
+    slow = copy.deepcopy(results)
+    for row in slow.rows:
+        row.times_ms = [t / 2 if row.provider == "attn_gate" else t for t in row.times_ms]
+    results.compared = baseline.compare(results, slow)
+    return results
+
+
+def browse(page: Path, width: int, look: str, folder: Path) -> dict:
+    """What a browser makes of the page in a window of this width; skips where there is none."""
+    browsers = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
+    command = next(filter(None, map(shutil.which, browsers)), None)
+    if command is None:
+        pytest.skip(f"no browser to look at the page with: none of {', '.join(browsers)}")
+    # The window of a headless browser has a least width; a frame has none.
+    wrapper = folder / "wrapper.html"
+    wrapper.write_text(f"""<!doctype html><body><iframe id="f" style="border:0;width:{width}px;height:900px"
+    src="{page.as_uri()}"></iframe><pre id="seen"></pre><script>
+    onload = () => {{
+      const page = document.getElementById("f").contentDocument, view = page.defaultView;
+      const images = [...page.images];
+      document.getElementById("seen").textContent = JSON.stringify({{
+        width: page.documentElement.scrollWidth,
+        loaded: images.filter(i => i.complete && i.naturalWidth > 0).length,
+        narrowest: Math.min(...images.map(i => i.clientWidth)),
+        background: view.getComputedStyle(page.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number),
+      }});
+    }}</script>""")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    options += ["--virtual-time-budget=5000", f"--user-data-dir={folder / 'profile'}"]
+    options += ["--blink-settings=preferredColorScheme=0"] if look == "dark" else []
+    done = subprocess.run(
+        [command, *options, wrapper.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    return json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1])

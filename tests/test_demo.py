@@ -24,12 +24,10 @@ from matplotlib.contour import ContourSet  # noqa: E402
 
 from attn_gate.cli import main  # noqa: E402
 from attn_gate.demo import (  # noqa: E402
-    charts,
     dataset,
     dicom,
     experiments,
     fetch,
-    figures,
     measure,
     pictures,
     results,
@@ -39,6 +37,7 @@ from attn_gate.demo.dataset import GUARD, SIZE, Batches, Slices, prepare, split 
 from attn_gate.demo.dicom import Scan, rasterise, read_scans  # noqa: E402
 from attn_gate.demo.errors import DemoError  # noqa: E402
 from attn_gate.demo.synthetic import synthetic_scans  # noqa: E402
+from attn_gate.page import files, theme  # noqa: E402
 
 # --- reading DICOM ---
 
@@ -284,14 +283,14 @@ def test_kept_bytes_counts_each_storage_once_and_no_inputs():
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
-    results.write(path, "old")
+    files.write(path, "old")
 
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(results.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        results.write(path, "new")
+        files.write(path, "new")
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -316,12 +315,12 @@ def test_pictures_show_the_contours_of_every_run_there_is(patients, finished):
     for key in finished:
         seen = train.View(0.8 * truth + 0.1, {"gates.0": truth, "gates.1": truth[:, ::2, ::2]})
         found.runs[key] = train.Run(key, key, 1, views={0: seen, 9: seen})
-    for theme in (charts.LIGHT, charts.DARK):
-        artists = [artist for axes in pictures.segmentation(found, theme).axes for artist in axes.collections]
+    for look in (theme.LIGHT, theme.DARK):
+        artists = [artist for axes in pictures.segmentation(found, look).axes for artist in axes.collections]
         contours = sum(isinstance(artist, ContourSet) for artist in artists)
         assert contours == patients * (1 + len({"eager", "fused"} & set(finished)))
         if "fused" in finished:
-            assert pictures.attention(found, theme).axes
+            assert pictures.attention(found, look).axes
 
 
 # --- the whole command ---
@@ -332,7 +331,7 @@ def make_small(patch):
     patch.setattr(train, "CHANNELS", (4, 8, 16))
     patch.setattr(experiments, "FAST_FLOAT64_STEPS", 2)
     patch.setattr(measure, "REPEATS", 1)
-    patch.setattr(figures, "DPI", 40)
+    patch.setattr(theme, "DPI", 40)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,61 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from attn_gate.demo.results import Results
+from attn_gate.page.theme import Theme
 
 SIZE = (4.1, 3.0)
 SMOOTHING = 15
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one appearance of the page; eager, fused and floor are the same programs in every figure."""
-
-    name: str
-    page: str
-    ink: str
-    faint: str
-    grid: str
-    eager: str
-    fused: str
-    floor: str
-
-    def rc(self) -> dict[str, object]:
-        """Matplotlib's settings for this theme."""
-        return {
-            "figure.facecolor": self.page,
-            "axes.facecolor": self.page,
-            "savefig.facecolor": self.page,
-            "text.color": self.ink,
-            "axes.labelcolor": self.faint,
-            "axes.edgecolor": self.grid,
-            "xtick.color": self.faint,
-            "ytick.color": self.faint,
-            "grid.color": self.grid,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "xtick.major.size": 0,
-            "ytick.major.size": 0,
-            "ytick.minor.size": 0,
-            "axes.titlesize": 10.5,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.titlepad": 10,
-            "axes.labelsize": 9,
-            "xtick.labelsize": 8.5,
-            "ytick.labelsize": 8.5,
-            "legend.fontsize": 8.5,
-            "legend.frameon": False,
-            "grid.linewidth": 0.7,
-            "font.family": "sans-serif",
-            "mathtext.default": "regular",
-        }
-
-
-LIGHT = Theme("light", "#ffffff", "#1c2330", "#5b6472", "#e4e7ec", "#2f6fbf", "#d9580d", "#8b93a1")
-DARK = Theme("dark", "#171b22", "#e8ebf0", "#a3acba", "#2c333e", "#74aefb", "#ff9150", "#838c9a")
 
 
 def loss_curves(results: Results, theme: Theme) -> Figure:

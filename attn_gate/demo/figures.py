@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from attn_gate.demo import charts, pictures
-from attn_gate.demo.charts import Theme
-from attn_gate.demo.results import Results, write
-
-DPI = 200
+from attn_gate.demo.results import Results
+from attn_gate.page.theme import Drawn, Theme, draw, write_both
 
 
 @dataclass(frozen=True)
@@ -40,26 +37,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A figure as PNG in both themes."""
-
-    light: bytes
-    dark: bytes
-
-
 def draw_all(results: Results, directory: Path) -> Iterator[tuple[str, Drawn]]:
     """Draws every figure that can be drawn and writes NAME.png and NAME-dark.png; yields them one by one."""
     for name, kind in KINDS.items():
         if kind.ready(results):
-            drawn = Drawn(_png(kind, results, charts.LIGHT), _png(kind, results, charts.DARK))
-            write(directory / f"{name}.png", drawn.light)
-            write(directory / f"{name}-dark.png", drawn.dark)
+            drawn = draw(functools.partial(kind.draw, results))
+            write_both(drawn, directory, name)
             yield name, drawn
-
-
-def _png(kind: Kind, results: Results, theme: Theme) -> bytes:
-    content = io.BytesIO()
-    with matplotlib.rc_context(theme.rc()):
-        kind.draw(results, theme).savefig(content, format="png", dpi=DPI)
-    return content.getvalue()

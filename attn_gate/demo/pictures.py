@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
-from attn_gate.demo.charts import Theme
 from attn_gate.demo.results import Results
+from attn_gate.page.theme import Theme
 
 TRUTH, EAGER, FUSED = "#39e6c3", "#5aa9ff", "#ff9d4d"  # on grey CT, in both themes
 STYLES = {"eager": (0, (3, 1.5)), "fused": "-"}

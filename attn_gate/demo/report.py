@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 
 from attn_gate.demo import dataset, train
 from attn_gate.demo.compare import TRUTH_EVERY
-from attn_gate.demo.figures import Drawn
 from attn_gate.demo.measure import LAYOUTS, REPEATS, Cost
 from attn_gate.demo.results import Results
+from attn_gate.page.document import document, facts, figure, header, notes, numbers, panels, section, table
+from attn_gate.page.theme import Drawn
 
 Figures = dict[str, Drawn]
 
@@ -34,7 +33,7 @@ def page(results: Results, figures: Figures) -> str:
     sections = (
         _head(results),
         _notes(results),
-        _numbers(results),
+        numbers(_headlines(results)),
         _attention(figures),
         _segmentation(results, figures),
         _same_numbers(results, figures),
@@ -42,59 +41,36 @@ def page(results: Results, figures: Figures) -> str:
         _cost(results, figures),
         _method(results),
     )
-    body = "\n".join(filter(None, sections))
-    style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>attn_gate demo</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-<footer><p>{escape(results.source)}</p>
+    footer = f"""<p>{escape(results.source)}</p>
 <p>All numbers: <code>metrics.csv</code>, <code>env.json</code>. A demonstration of software: nothing here is
-a statement about diagnosis or treatment.</p></footer>
-</main>
-</body>
-</html>
-"""
+a statement about diagnosis or treatment.</p>"""
+    return document("attn_gate demo", sections, footer)
 
 
 def _head(results: Results) -> str:
     images = "synthetic images" if results.synthetic else "lung CT"
-    return f"""<header><h1>An attention gate learns where to look</h1>
-<p class="lead">A small Attention U-Net learns to outline tumours in {images}, once with eager PyTorch gates
+    return header(
+        "An attention gate learns where to look",
+        f"""A small Attention U-Net learns to outline tumours in {images}, once with eager PyTorch gates
 and once with fused ones: the same weights at the start, the same batches. What do the gates learn, do both
-compute the same, and what does each cost?</p></header>"""
+compute the same, and what does each cost?""",
+    )
 
 
 def _notes(results: Results) -> str:
     if results.synthetic:
-        notes = ["<b>Synthetic images.</b> They were drawn by a program; none of this is a patient."]
+        texts = ["<b>Synthetic images.</b> They were drawn by a program; none of this is a patient."]
     else:
-        notes = [
+        texts = [
             f"""<b>Images:</b> {escape(results.source)}. Scores are on held-out slices of the same patients:
             they say that the network learns, not that it would work on anybody else, and claim nothing
             clinical."""
         ]
     if results.fused_backend == "eager":
-        notes.append("<b>Both sides are eager here:</b> no fused operator can be used, or eager was forced.")
+        texts.append("<b>Both sides are eager here:</b> no fused operator can be used, or eager was forced.")
     if results.interrupted:
-        notes.append("<b>Interrupted.</b> The page shows what was finished by then.")
-    return "".join(f'<p class="note">{note}</p>' for note in notes)
-
-
-def _numbers(results: Results) -> str:
-    items = "".join(
-        f"<div><dt>{name}</dt><dd>{value}<small>{remark}</small></dd></div>"
-        for name, value, remark in _headlines(results)
-    )
-    return f'<dl class="numbers">{items}</dl>' if items else ""
+        texts.append("<b>Interrupted.</b> The page shows what was finished by then.")
+    return notes(texts)
 
 
 def _headlines(results: Results) -> Iterator[tuple[str, str, str]]:
@@ -117,7 +93,7 @@ def _attention(figures: Figures) -> str:
     caption = """<b>Read from left to right.</b> Before training the maps are all but flat. As the network
     learns, they take shape: the finest gate usually brightens on the tumour, the coarser ones show where in
     the chest the network looks. Each row has one colour scale, from the smallest to the largest α in it."""
-    return _section(
+    return section(
         "The maps learn",
         """A gate multiplies every voxel of a skip connection by an α between 0 and 1. Nobody tells it where
         the tumour is: its only teacher is the loss of the final contour.""",
@@ -128,8 +104,8 @@ def _attention(figures: Figures) -> str:
 def _segmentation(results: Results, figures: Figures) -> str:
     caption = """<b>Held-out slices</b>, of each patient the one with most tumour. The dashed contour (eager)
     and the solid one (fused) come from two separate trainings: the table says how far two eager ones part."""
-    figure = _figure("segmentation", figures, caption, scroll="scroll low")
-    return _section("What comes out", "", figure and figure + _dice_table(results))
+    picture = _figure("segmentation", figures, caption, scroll="scroll low")
+    return section("What comes out", "", picture and picture + _dice_table(results))
 
 
 def _dice_table(results: Results) -> str:
@@ -157,7 +133,7 @@ def _same_numbers(results: Results, figures: Figures) -> str:
         threads.""",
     }
     verdict = "Yes, up to rounding." if results.agree else "<b>No: run python -m attn_gate verify.</b>"
-    return _section(
+    return section(
         "Do both compute the same?",
         f"""{verdict} In float32 the order of a sum decides its last bit, and training amplifies
         that, so two free runs alone would prove nothing. Hence three comparisons.""",
@@ -170,7 +146,7 @@ def _learning(figures: Figures) -> str:
         "learning_loss": "Cross entropy + Dice loss of each step's batch, running mean.",
         "learning_dice": "All held-out slices of all patients together, running average of the weights.",
     }
-    return _section("Learning curves", "", _panels(captions, figures))
+    return section("Learning curves", "", _panels(captions, figures))
 
 
 def _cost(results: Results, figures: Figures) -> str:
@@ -187,7 +163,7 @@ def _cost(results: Results, figures: Figures) -> str:
         parameters, the batch, and the gates' inputs x and g, which the network holds anyway. <b>The two
         scales differ.</b>""",
     }
-    return _section(
+    return section(
         "What does it cost?",
         f"""A faster gate makes the whole network only a little faster, for the gates are a part of it: here
         {shares} of the time of the eager network's step, and {kept:.0f} % of what it keeps for the backward
@@ -216,7 +192,7 @@ def _cost_table(cost: Cost) -> str:
 def _method(results: Results) -> str:
     env = results.environment()
     kind = "synthetic volumes" if results.synthetic else "patients"
-    facts = {
+    about = {
         "Images": f"""{len(results.patients)} {kind}, pixels of {dataset.PIXEL_MM:g} mm, {dataset.SIZE} ×
         {dataset.SIZE}; a slice and its two neighbours are the three channels""",
         "Split": f"""every {dataset.EVERY}th slab of {dataset.SLAB} slices is held out, with a guard slice on
@@ -232,47 +208,17 @@ def _method(results: Results) -> str:
         "Software": f"attn_gate {env['attn_gate']}, torch {env['torch']}, Python {env['python']}",
         "Made": f"{env['date'][:16].replace('T', ' ')}, in {sum(results.seconds.values()):.0f} s",
     }
-    rows = "".join(f"<tr><th>{name}</th><td>{escape(fact)}</td></tr>" for name, fact in facts.items())
-    return _section("How it was made", "", f'<div class="table"><table class="facts">{rows}</table></div>')
-
-
-def _section(title: str, text: str, content: str) -> str:
-    """A section, or nothing where there is no content."""
-    text = f"<p>{text}</p>" if text else ""
-    return f"<section><h2>{title}</h2>{text}{content}</section>" if content else ""
+    return section("How it was made", "", facts(about))
 
 
 def _table(head: list[str], rows: list[tuple[str, str, list[str]]]) -> str:
-    """Rows of (class of the name, name, cells); the columns "eager" and "fused" have their colours."""
-    titles = "".join(
-        f'<th class="{title if title in ("eager", "fused") else ""}">{escape(title)}</th>' for title in head
-    )
-    body = "".join(
-        f'<tr><th class="{kind}">{escape(name)}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in cells)
-        + "</tr>"
-        for kind, name, cells in rows
-    )
-    return f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+    """A table whose columns "eager" and "fused" have their colours."""
+    return table(head, rows, {"eager": "eager", "fused": "fused"})
 
 
 def _panels(captions: dict[str, str], figures: Figures) -> str:
-    panels = "".join(_figure(name, figures, caption) for name, caption in captions.items())
-    return f'<div class="panels">{panels}</div>' if panels else ""
+    return panels(_figure(name, figures, caption) for name, caption in captions.items())
 
 
 def _figure(name: str, figures: Figures, caption: str, scroll: str = "") -> str:
-    """A figure with its caption, or nothing where it could not be drawn; `scroll`: classes of a wide one."""
-    if name not in figures:
-        return ""
-    drawn = figures[name]
-    picture = f"""<picture><source media="(prefers-color-scheme: dark)" srcset="{_data(drawn.dark)}">
-<img alt="{escape(_ALT[name])}" src="{_data(drawn.light)}"></picture>"""
-    if scroll:
-        picture = f'<span class="swipe">swipe →</span><div class="{scroll}" tabindex="0">{picture}</div>'
-    kind = "wide" if scroll else "panel"
-    return f'<figure class="{kind}">{picture}<figcaption>{caption}</figcaption></figure>'
-
-
-def _data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return figure(figures.get(name), _ALT[name], caption, scroll)

@@ -6,9 +6,7 @@ import csv
 import io
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,6 +23,7 @@ from attn_gate.demo.compare import Float64Run, StepLocked
 from attn_gate.demo.dataset import Slices
 from attn_gate.demo.measure import Cost
 from attn_gate.demo.train import Run
+from attn_gate.page.files import write
 
 LARGEST_FLOAT64_DIFFERENCE = 1e-11
 
@@ -140,20 +139,6 @@ def processor() -> str:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Writes a file that appears whole or not at all: under another name first, then renamed."""
-    content = content.encode() if isinstance(content, str) else content
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(scratch, 0o644)  # mkstemp makes files that nobody else may read
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
 
 
 def write_tables(results: Results, directory: Path) -> None:

@@ -1,0 +1,215 @@
+"""report.html: what a run found, for people; one file that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from html import escape
+from typing import Any
+
+from attn_gate.page import document as page
+from attn_gate.page.theme import Drawn
+
+from . import machine, modelled, tables
+from .charts import FIGURES
+from .providers import PROVIDERS
+from .results import Results
+
+Figures = Mapping[str, Drawn]
+
+_COLUMNS = {"eager": "eager", "attn_gate": "fused"}  # classes of columns
+
+
+def html(results: Results, figures: Figures) -> str:
+    """The whole page; a section without content is left out."""
+    grids = list(tables.grids(results))
+    sections = (
+        page.header(
+            "attn_gate, measured",
+            "Attention gates as fused operators, against the same in eager PyTorch and what else one would "
+            "use: the same numbers, side by side. What doesn't match float64 has no time here.",
+        ),
+        page.notes(_notes(results)),
+        page.numbers(_headlines(results)),
+        _compared(results.compared),
+        _speed(grids, figures),
+        _networks(figures),
+        _memory(results, grids, figures),
+        _scaling(figures),
+        _problems(results),
+        _modelled(results, figures),
+        _method(results),
+    )
+    footer = """<p>All numbers, all samples: <code>results.json</code>, <code>results.csv</code>. A colour is
+the same program in every figure; thin lines across the ends of bars: 95 % intervals of the medians.</p>"""
+    return page.document("attn_gate bench", sections, footer)
+
+
+def _notes(results: Results) -> Iterator[str]:
+    if results.interrupted:
+        yield "<b>Interrupted.</b> The page shows what was measured by then."
+    facts = results.machine
+    if facts["load"] > facts["cores"] / 2:
+        yield f"""<b>A busy machine.</b> Others were using it when the run began (load {facts["load"]:.1f} on
+        {facts["cores"]} cores): times don't mean much."""
+    if results.settings.get("quick"):
+        yield "<b>A quick run</b> of few gates. The full one: <code>python -m attn_gate bench</code>."
+
+
+def _headlines(results: Results) -> Iterator[tuple[str, str, str]]:
+    for kind, name in (("gate", "Gates"), ("network", "Whole networks")):
+        for mode, title in (("inference", "inference"), ("step", "training step")):
+            found = [
+                speed
+                for config in results.configs.values()
+                if config.kind == kind
+                and (speed := results.speedup(config.name, mode, "attn_gate", over="eager")) is not None
+            ]
+            if found:
+                middle = math.exp(sum(map(math.log, found)) / len(found))
+                spread = f"{min(found):.2f} to {max(found):.2f}, {len(found)} of them"
+                yield f"{name}, {title}", f"{middle:.2f}×", f"eager's speed, geometric mean; {spread}"
+    kept = [
+        (results.find(name, "step", "eager"), results.find(name, "step", "attn_gate"))
+        for name, config in results.configs.items()
+        if config.kind == "gate"
+    ]
+    kept = [(eager.kept_bytes, ours.kept_bytes) for eager, ours in kept if eager and ours and ours.kept_bytes]
+    if kept:
+        less = sum(eager for eager, _ in kept) / sum(ours for _, ours in kept)
+        yield "Gates, kept for backward", f"{less:.2g}× less", "than eager, all gates together"
+
+
+def _speed(grids: list[tables.Grid], figures: Figures) -> str:
+    captions = {
+        "speed_inference": "<b>Bars: attn_gate.</b> Marks: the others, in their place on the same scale.",
+        "speed_step": "<b>Forward and backward</b>, batch norms in training mode where the gate has them.",
+    }
+    return page.section(
+        "How fast?",
+        """Each line is one gate: one level of one network, finest first. To the right of 1 is faster than
+        eager PyTorch. Fine levels are bound by memory, and there fusion pays; deep ones by arithmetic.""",
+        _panels(captions, figures) + "".join(_table(grid) for grid in grids[:3]),
+    )
+
+
+def _networks(figures: Figures) -> str:
+    captions = {
+        "network_inference": "<b>Inference.</b>",
+        "network_step": "<b>Forward and backward</b>, without an optimizer, which costs the same for all.",
+    }
+    return page.section(
+        "Whole networks",
+        """Gates are a part of a network, so a network gains less than a gate. attn_gate: the same network,
+        its gates replaced in place.""",
+        _panels(captions, figures),
+    )
+
+
+def _memory(results: Results, grids: list[tables.Grid], figures: Figures) -> str:
+    captions = {
+        "memory_kept": """What autograd keeps from forward to backward, each storage once, beyond x, g and the
+        parameters, which the network holds anyway. <b>Logarithmic.</b>""",
+        "memory_peak": """The most that tensors made in forward and backward hold at one time, gradients
+        included. <b>Logarithmic.</b>""",
+    }
+    content = _panels(captions, figures) + "".join(_table(grid) for grid in grids[3:])
+    if results.fits:
+        rows = [
+            (
+                "fused" if PROVIDERS[fit["provider"]].name.startswith("attn_gate") else "eager",
+                f"{fit['config']}, {PROVIDERS[fit['provider']].title}",
+                [
+                    f"{fit['limit_bytes'] / 2**30:g} GiB",
+                    str(fit["batch"]),
+                    tables.mebibytes(fit["bytes"]),
+                    tables.mebibytes(fit["more_bytes"]),
+                ],
+            )
+            for fit in results.fits
+        ]
+        head = ["Largest batch that fits", "memory", "batch", "MiB", "MiB of one more"]
+        content += page.table(head, rows)
+    return page.section("How much memory?", "", content)
+
+
+def _scaling(figures: Figures) -> str:
+    captions = {
+        "scaling_size_inference": "Shaded: quartiles.",
+        "scaling_size_step": "The dotted line grows with the number of voxels; no cliff: along it.",
+        "scaling_channels_inference": "The dotted line grows with the square of the channels, as work does.",
+        "scaling_channels_step": "The memory limit grows with the channels only.",
+        "scaling_threads": "The dashed line is the number of threads. What is bound by memory gains less.",
+        "roofline": """Up is faster. Left of the bend memory is the limit, right of it arithmetic. Both roofs
+        were measured in this run; small maps stay in caches and may exceed the left one.""",
+    }
+    return page.section("How does it scale?", "", _panels(captions, figures))
+
+
+def _compared(compared: dict[str, Any] | None) -> str:
+    if compared is None:
+        return ""
+    rows = [
+        (
+            "",
+            f"{row['config']} {row['mode']} {row['dtype']} {row['provider']}",
+            [
+                f"{row['before_ms']:.2f} ms",
+                f"{row['now_ms']:.2f} ms",
+                f"{row['change']:+.1%}",
+                f"±{row['noise']:.1%}",
+                row["verdict"],
+            ],
+        )
+        for row in compared["rows"]
+    ]
+    text = f"""What isn't attn_gate's takes {compared["drift"]:+.0%} time ({compared["others"]} rows, median):
+    that is the machine, and is taken off the changes below."""
+    head = ["", "before", "now", "change of time", "noise", "verdict"]
+    return page.section(f"Since {escape(compared['baseline'])}", text, page.table(head, rows) if rows else "")
+
+
+def _problems(results: Results) -> str:
+    rows = [("", str(remark), [""]) for remark in tables.remarks(results)]
+    return page.section("Not measured", "", page.table(["", ""], rows) if rows else "")
+
+
+def _modelled(results: Results, figures: Figures) -> str:
+    names = {name: "" for name in ("modelled_inference", "modelled_step")}
+    text = f"""<b>{modelled.LABEL.capitalize()}.</b> What rooflines say about gates without norms: each kernel
+    takes as long as its traffic or its operations at the data sheet's rates. Launches, caches and imperfect
+    kernels are left out, on both sides. On your own GPU measure:
+    <code>python -m attn_gate bench --device cuda</code>."""
+    return page.section("On GPUs, by a model", text, _panels(names, figures))
+
+
+def _method(results: Results) -> str:
+    facts = {name.replace("_", " "): str(value) for name, value in results.machine.items()}
+    outliers = sum(row.summary.outliers for row in results.rows if row.times_ms)
+    samples = sum(len(row.times_ms) for row in results.rows)
+    about = {
+        "Made": f"{results.started[:16].replace('T', ' ')} UTC",
+        "Machine": machine.sentence(results.machine),
+        "Command": f"python -m attn_gate {' '.join(results.settings.get('command', []))}",
+        "Samples": f"{samples} in {len(results.rows)} rows; {outliers} outliers, kept: medians don't mind",
+        **facts,
+    }
+    return page.section("How it was made", "", page.facts(about))
+
+
+def _table(grid: tables.Grid) -> str:
+    rows: list[tuple[str, str, list[str]]] = []
+    before = None
+    for head, config, cells in grid.lines:
+        if head != before:
+            rows.append(("", head, []))
+        before = head
+        rows.append(("name", config, cells))
+    head = ["", *(PROVIDERS[name].title for name in grid.columns)]
+    return page.details(escape(grid.title), page.table(head, rows, _COLUMNS))
+
+
+def _panels(captions: Mapping[str, str], figures: Figures) -> str:
+    return page.panels(
+        page.figure(figures.get(name), FIGURES[name][1], caption) for name, caption in captions.items()
+    )
