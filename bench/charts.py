@@ -87,8 +87,9 @@ def memory(results: Results, theme: Theme, what: str, title: str) -> Figure | No
             value = getattr(row, what) / 2**20
             axes.barh(place + shift, value, height=0.36, color=color)
             axes.text(value * 1.08, place + shift, _short(value), size=6.5, va="center", color=theme.faint)
+    values = [getattr(row, what) / 2**20 for pair in found.values() for row in pair]
     axes.set_xscale("log")
-    axes.margins(x=0.12)
+    axes.set_xlim(min(values) / 2, max(values) * 3)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     handles = [Patch(color=theme.eager, label="eager"), Patch(color=theme.fused, label="attn_gate")]
@@ -268,7 +269,7 @@ def _panel(title: str, x_label: str) -> tuple[Figure, Axes]:
 
 def _rows_panel(names: Sequence[str], title: str) -> tuple[Figure, Axes]:
     """One line for each name, the first on top."""
-    figure = Figure(figsize=(WIDTH, 1.3 + _ROW * len(names)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(2.4, 1.3 + _ROW * len(names))), layout="constrained")
     axes = figure.subplots()
     _title(figure, title)
     axes.set_yticks(range(len(names)), names)

@@ -5,7 +5,7 @@ Attribute names are those of the originals, so that `attn_gate.fuse_gates` meets
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ class GridAttention3d(nn.Module):
 
 
 class OktayNetwork(nn.Module):
-    """The network of Oktay et al. 2018 with one gate per skip: 16 to 256 filters, no gate at the finest level.
+    """The network of Oktay et al. 2018, one gate per skip: 16 to 256 filters, none at the finest level.
 
     With deep supervision: the logits are a 1x1 convolution of those of all decoder levels.
     """
@@ -112,7 +112,9 @@ class OktayNetwork(nn.Module):
         self.combine = nn.ModuleList(
             nn.Sequential(nn.Conv3d(c, c, 1), nn.BatchNorm3d(c), nn.ReLU(inplace=True)) for c, _ in gated
         )
-        self.decoders = nn.ModuleList(DoubleConv3d(c + below, c) for c, below in zip(fine, coarse, strict=True))
+        self.decoders = nn.ModuleList(
+            DoubleConv3d(c + below, c) for c, below in zip(fine, coarse, strict=True)
+        )
         self.heads = nn.ModuleList(nn.Conv3d(c, out_channels, 1) for c in fine)
         self.head = nn.Conv3d(4 * out_channels, out_channels, 1)
 
@@ -135,16 +137,16 @@ class OktayNetwork(nn.Module):
         return self.head(torch.cat(logits[::-1], dim=1))
 
 
-def _monai(axes: Sequence[int]) -> nn.Module:
+def _monai(axes: int) -> nn.Module:
     from monai.networks.nets import AttentionUnet
 
     channels = (16, 32, 64, 128, 256)
-    return AttentionUnet(len(axes), in_channels=1, out_channels=2, channels=channels, strides=(2, 2, 2, 2))
+    return AttentionUnet(axes, in_channels=1, out_channels=2, channels=channels, strides=(2, 2, 2, 2))
 
 
-# By name: what makes it, for an image of these axes; and what has to be installed.
-NETWORKS: dict[str, tuple[Callable[[Sequence[int]], nn.Module], tuple[str, ...]]] = {
-    "monai": (_monai, ("monai",)),
-    "lee": (lambda axes: LeeNetwork(), ()),
-    "oktay": (lambda axes: OktayNetwork(), ()),
+# What makes each, for images of so many axes; MONAI's needs monai.
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "monai": _monai,
+    "lee": lambda axes: LeeNetwork(),
+    "oktay": lambda axes: OktayNetwork(),
 }

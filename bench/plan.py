@@ -123,6 +123,9 @@ def _on(device: str, providers: Sequence[str]) -> tuple[str, ...]:
     if device == "cpu" or "compile" not in providers:
         return tuple(providers)
     picked = backends.choose("auto", torch.empty(0, device=device))
-    usable = [name for name, _, _ in backends.report() if not backends.why_not(name, torch.device(device))]
-    ours = [f"attn_gate-{name}" for name in usable if name not in ("eager", picked)]
+    ours = [
+        f"attn_gate-{name}"
+        for name, backend in backends.BACKENDS.items()
+        if name not in ("eager", picked) and not backend.why_not(torch.device(device), torch.float32)
+    ]
     return (*providers[:1], *ours, *providers[1:], "compile-max-autotune")

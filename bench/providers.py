@@ -98,7 +98,9 @@ class Provider:
             return f"not measured on {device}"
         if dtype not in self.dtypes:
             return f"not measured in {dtype}"
-        return backends.why_not(self.backend, torch.device(device)) if self.backend else ""
+        if not self.backend:
+            return ""
+        return backends.BACKENDS[self.backend].why_not(torch.device(device), getattr(torch, dtype))
 
 
 def module_program(

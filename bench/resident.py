@@ -26,7 +26,7 @@ def resident_bytes(config: str, dtype: str, threads: int, mode: str, provider: s
 def main(config: str, dtype: str, threads: str, mode: str, provider: str) -> None:
     """Print the bytes."""
     from .memory import resident_growth
-    from .networks import make_case
+    from .network_case import make_case
     from .providers import PROVIDERS, TRAINING
     from .registry import CONFIGS
 

@@ -16,7 +16,7 @@ from . import tables
 from .device import Device
 from .fits import largest_batch
 from .measure import measure_case, threads
-from .networks import make_case
+from .network_case import make_case
 from .plan import Job
 from .providers import PROVIDERS
 from .resident import resident_bytes
@@ -69,7 +69,13 @@ class Run:
             self._progress.update(task, completed=number + 1)
 
     def _measure_times(self, job: Job, advance) -> None:
-        case = make_case(job.config, job.dtype, self.device.name)
+        try:
+            case = make_case(job.config, job.dtype, self.device.name)
+        except ModuleNotFoundError as error:
+            note = f"pip install {error.name}"
+            names = [(mode, name) for mode in job.modes for name in job.providers]
+            self._keep([Row(job.config.name, job.dtype, job.threads, *n, "unavailable", note) for n in names])
+            return
         measure_case(case, job.modes, job.providers, self.device, job.patience, self._keep, advance)
 
     def _keep(self, rows: list[Row]) -> None:

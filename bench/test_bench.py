@@ -13,7 +13,7 @@ import pytest
 import torch
 from attn_gate.bench import device, plan
 from attn_gate.bench.measure import new_row, prepare
-from attn_gate.bench.networks import make_case
+from attn_gate.bench.network_case import make_case
 from attn_gate.bench.providers import PROVIDERS, TRAINING, AnyCase
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

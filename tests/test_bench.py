@@ -23,6 +23,7 @@ from attn_gate.bench import (
     gates,
     measure,
     modelled,
+    networks,
     outputs,
     plan,
     resident,
@@ -32,7 +33,7 @@ from attn_gate.bench.case import Case
 from attn_gate.bench.device import Device
 from attn_gate.bench.memory import allocated_peak, kept_bytes, resident_growth
 from attn_gate.bench.providers import PROVIDERS, Program, Provider, Work, module_program
-from attn_gate.bench.registry import CONFIGS, MODES, Config, select
+from attn_gate.bench.registry import CONFIGS, MODES, Config, NetworkConfig, select
 from attn_gate.bench.results import Results, Row, read
 from attn_gate.bench.summary import summarise
 
@@ -57,6 +58,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(plan, "CONFIGS", TINY)
     group = plan.Group(tuple(TINY), tuple(TINY), measure.Patience(2, 2, 60), providers=FAST)
     monkeypatch.setattr(plan, "quick", lambda: [group])
+    monkeypatch.setattr(theme, "DPI", 40)
     monkeypatch.setattr(Device, "copy_gbps", lambda self: 10.0)
     monkeypatch.setattr(Device, "peak_gflops", lambda self: 100.0)
 
@@ -390,6 +392,58 @@ class TestCase:
         assert (made.module.theta_norm.running_var != 1).all()
 
 
+class TestNetworks:
+    tiny = NetworkConfig("net-oktay", "tiny", "oktay", (16, 16, 32))
+
+    @pytest.fixture(autouse=True)
+    def only_this(self, monkeypatch, tiny):
+        monkeypatch.setitem(TINY, "net-oktay", self.tiny)
+        group = plan.Group(("net-oktay",), tuple(TINY), measure.Patience(1, 1, 60))
+        monkeypatch.setattr(plan, "quick", lambda: [group])
+
+    def test_they_have_as_many_parameters_as_the_originals(self):
+        for network, count in ((networks.LeeNetwork(3), 34_878_573), (networks.OktayNetwork(), 6_214_151)):
+            assert sum(p.numel() for p in network.parameters()) == count
+
+    def test_eager_and_fused(self, tmp_path):
+        assert bench(tmp_path) == 0
+        results = load(tmp_path)
+        assert len(results["rows"]) == 4 and {row["status"] for row in results["rows"]} == {"measured"}
+        kept = {row["provider"]: row["kept_bytes"] for row in results["rows"] if row["mode"] == "step"}
+        assert 0 < kept["attn_gate"] < kept["eager"]
+        assert all(row["needed_bytes"] is None for row in results["rows"])
+
+    def test_every_gate_is_fused_or_there_is_no_row(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(networks.GridAttention3d, "forward", lambda self, x, g: (self.W(x), x))
+        assert bench(tmp_path, "--mode", "inference") == 1
+        found = {row["provider"]: row["status"] for row in load(tmp_path)["rows"]}
+        assert found == {"eager": "measured", "attn_gate": "failed"}
+        assert "not all gates were fused: gates.0" in capsys.readouterr().out
+
+    def test_a_wrong_gradient_gets_no_time(self, monkeypatch, tmp_path):
+        def make(case, training: bool) -> Program:
+            program = PROVIDERS["eager"].make(case, training)
+
+            def results():
+                found = program.results()
+                return {**found, "d gates.0.phi.weight": -found["d gates.0.phi.weight"]}
+
+            return Program(program.works, results)
+
+        plant(monkeypatch, make)
+        assert bench(tmp_path, "--provider", "planted", "--mode", "step") == 1
+        (row,) = load(tmp_path)["rows"]
+        assert (row["status"], row["worst"]) == ("wrong", "d parameters")
+
+    def test_a_package_that_is_missing_is_no_failure(self, monkeypatch, tmp_path, capsys):
+        def make(axes: int):
+            raise ModuleNotFoundError("No module named 'nets'", name="nets")
+
+        monkeypatch.setitem(networks.NETWORKS, "oktay", make)
+        assert bench(tmp_path) == 0
+        assert "unavailable: pip install nets" in capsys.readouterr().out
+
+
 class TestMemory:
     x = torch.randn(1024, requires_grad=True)
 
@@ -489,7 +543,13 @@ class TestOutputs:
         assert text.count("<img") == len(charts.FIGURES) and text.count("srcset=") == len(charts.FIGURES)
         for foreign in ("http:", "https:", "url(", "@import", "<link", "<script", "<iframe"):
             assert foreign not in text
-        for said in ("not measured", "broken: failed", "slower", "Largest batch", "Interrupted"):
+        for said in (
+            "not measured",
+            "failed at lee-32 step: broken",
+            "slower",
+            "Largest batch",
+            "Interrupted",
+        ):
             assert said in text
 
     def test_the_markdown_table_has_the_numbers(self, folder):
@@ -521,7 +581,7 @@ class TestOutputs:
 def made_up_results() -> Results:
     """Rows of several configs, providers and modes with invented times, for pages and plots."""
     speed = {"attn_gate": 1.0, "eager": 2.0, "compile": 1.5, "onnxruntime": 1.25, "limit": 0.8}
-    names = ("same-256", "lee-32", "monai-96", "size-32", "size-64", "channels-16", "channels-32")
+    names = ("same-256", "lee-32", "monai-96", "size-32", "size-64", "channels-16", "channels-32", "net-lee")
     results = Results(
         "2026-01-01T00:00:00+00:00",
         {"processor": "P", "cores": 2, "threads": 2, "load": 3.0, "instructions": "avx2", "torch": "2",
