@@ -206,7 +206,7 @@ def _projection(module: nn.Module, part: str, path: str) -> tuple[str, str | Non
     convs = [(p, layer) for p, layer in found if isinstance(layer, tuple(CONVOLUTIONS.values()))]
     norms = [(p, layer) for p, layer in found if norm_kind(layer)]
     if len(convs) != 1 or found[0] != convs[0] or len(norms) > 1 or (norms and found[1] != norms[0]):
-        kinds = ", ".join(type(layer).__name__ for _, layer in found)
+        kinds = ", ".join(_class_name(layer) for _, layer in found)
         raise Unreadable(f"{path} isn't a convolution with at most one norm behind it, but {kinds}")
     where, conv = convs[0]
     if any(is_lazy(p) for p in conv.parameters()):
@@ -227,6 +227,14 @@ def _projection(module: nn.Module, part: str, path: str) -> tuple[str, str | Non
     if padded:
         fields["padding"] = "symmetric"
     return where, norm, {f"{part}_{name}": value for name, value in fields.items()}
+
+
+def _class_name(layer: nn.Module) -> str:
+    """With its module where that isn't PyTorch's of layers: a quantised Conv2d is called Conv2d too."""
+    cls = type(layer)
+    return (
+        cls.__name__ if cls.__module__.startswith("torch.nn.modules") else f"{cls.__module__}.{cls.__name__}"
+    )
 
 
 def _refuse_other_parameters(module: nn.Module, paths: list[str]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attn_gate import eager, engine
@@ -171,12 +171,20 @@ def _run(gate: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any
         if state is not None and getattr(gate, LISTENER, None) is not None:
             return _heard(state, gate, original, args, kwargs)
         return original(gate, *args, **kwargs)
-    if has_torch_function(maps):
-        # Tensors that know more than numbers, as MONAI's: their class wraps the results.
-        results = handle_torch_function(functools.partial(state.run, gate), maps, *maps)
+    if any(map(_knows_more, maps)):
+
+        def fused_gate(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+            return state.run(gate, x, g)
+
+        results = handle_torch_function(fused_gate, maps, *maps)
     else:
         results = state.run(gate, *maps)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _knows_more(t: Tensor) -> bool:
+    """Whether the tensor's class has to see the operation and wrap its results, as MONAI's MetaTensor."""
+    return type(t) is not Tensor and type(t).__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 def _fused_class(cls: type) -> type:
