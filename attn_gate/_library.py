@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -197,3 +198,38 @@ def _(dy, x, alpha, alpha_resize, needs):
 
 
 register_fakes("attn_gate")
+
+
+# ---------------------------------------------------------------- operators that only the native kernels have
+
+
+@torch.library.register_fake("attn_gate::moments_fwd")
+def _(x, kernel, stride):
+    rows = x.shape[1] * math.prod(kernel)
+    return x.new_empty(rows, dtype=torch.float64), x.new_empty((rows, rows), dtype=torch.float64)
+
+
+@torch.library.register_fake("attn_gate::moments_bwd")
+def _(dmean, dcov, x, mean, kernel, stride, needs):
+    return _like(x, bool(needs))
+
+
+@torch.library.register_fake("attn_gate::moments_add_bwd")
+def _(dx, dmean, dcov, x, mean, kernel, stride):
+    return None
+
+
+@torch.library.register_fake("attn_gate::attention_train_fwd")
+def _(
+    x, g, centre_x, centre_g, theta_weight, phi_weight, bias, psi_weight, psi_bias,
+    stride, phi_resize, activation,
+):  # fmt: skip
+    return _channel(x, _coarse(x, theta_weight, stride))
+
+
+@torch.library.register_fake("attn_gate::attention_train_bwd")
+def _(
+    dy, dlogits, x, g, centre_x, centre_g, theta_weight, phi_weight, bias, psi_weight, alpha,
+    stride, phi_resize, alpha_resize, activation, needs,
+):  # fmt: skip
+    return _gradients_of_whole(x, g, theta_weight, phi_weight, _wanted(needs, 7))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
-from .operators import ATTENTION_GATE, OPERATORS, Operator, as_tuple
+from .operators import ATTENTION_GATE, MOMENTS, OPERATORS, Operator, as_tuple
 
 
 def call(op: Operator, *args: Any) -> tuple[Tensor, ...]:
@@ -34,7 +34,7 @@ def call(op: Operator, *args: Any) -> tuple[Tensor, ...]:
         return op.twin(*args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[: op.tensors]):
         return _FUNCTIONS[op.namespace, op.name].apply(*args)[: op.outputs]
-    with _below_autograd():
+    with below_autograd():
         return op.forward(*args)[: op.outputs]
 
 
@@ -44,7 +44,7 @@ def _only_vmap() -> bool:
     return all(transform.key() == TransformType.Vmap for transform in get_interpreter_stack())
 
 
-def _below_autograd() -> AbstractContextManager:
+def below_autograd() -> AbstractContextManager:
     """Passes over the operators' rules, which are in Python and cost as much as a small gate."""
     return nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
 
@@ -68,7 +68,7 @@ def _backward(op: Operator, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
         found = _twin_gradients(op, grads, tensors, ctx.options)
     else:
         needs = ctx.needs_input_grad[: op.tensors]
-        with _below_autograd():
+        with below_autograd():
             found = op.backward(grads, tensors, kept, ctx.options, sum(n << i for i, n in enumerate(needs)))
         found = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
     return (*found, *[None] * len(ctx.options))
@@ -117,7 +117,7 @@ def _make_function(op: Operator) -> type[torch.autograd.Function]:
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-            with _below_autograd():
+            with below_autograd():
                 results = op.forward(*args)
             _save(op, ctx, args, results)
             return results
@@ -164,7 +164,8 @@ def _register(op: Operator) -> None:
         )
 
     def vmap_forward(info: Any, dims: tuple, *args: Any) -> tuple:
-        results, out = _vmap(getattr(ops, f"{op.name}_fwd"), op.maps, info, dims, *args)
+        maps = 0 if op.over_batch else op.maps
+        results, out = _vmap(getattr(ops, f"{op.name}_fwd"), maps, info, dims, *args)
         return (results, out) if len(results) > 1 else (results[0], out[0])
 
     def vmap_backward(info: Any, dims: tuple, *args: Any) -> tuple:
@@ -185,5 +186,5 @@ def make_differentiable(op: Operator) -> None:
     _register(op)
 
 
-for _op in OPERATORS:
+for _op in (*OPERATORS, MOMENTS):
     make_differentiable(_op)

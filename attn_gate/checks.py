@@ -137,6 +137,18 @@ def checked_window(
     return stride, padding
 
 
+def checked_patches(
+    x: Tensor, kernel: int | Sequence[int], stride: int | Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Kernel and stride with a number for each axis, for patches of x that don't overlap; there is one."""
+    kernel, stride = _per_axis("kernel", kernel, x, least=1), _per_axis("stride", stride, x, least=1)
+    if any(k > s for k, s in zip(kernel, stride, strict=True)):
+        raise ValueError(f"kernel must not be larger than the stride {stride}; got {kernel}")
+    if x.shape[0] == 0 or any(n < k for n, k in zip(x.shape[2:], kernel, strict=True)):
+        raise ValueError(f"x must have at least one patch of {kernel} voxels; got shape {list(x.shape)}")
+    return kernel, stride
+
+
 def _per_axis(name: str, value: Any, x: Tensor, least: int) -> list[int]:
     axes = x.ndim - 2
     values = list(value) if isinstance(value, Sequence) else [value] * axes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attn_gate import eager, functional
+from attn_gate import eager, functional, training
 from attn_gate.eager import Parts
 from attn_gate.folding import FoldCache, fold_layer, has_hooks, is_foldable
 from attn_gate.spec import Fusion, GateSpec
@@ -17,8 +17,17 @@ from attn_gate.spec import Fusion, GateSpec
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def fusion(spec: GateSpec, parts: Parts, x: Tensor | None = None) -> Fusion:
-    """What of this gate fused operators compute now, and why not more; x adds what its size decides."""
+def fusion(
+    spec: GateSpec,
+    parts: Parts,
+    x: Tensor | None = None,
+    g: Tensor | None = None,
+    recompute: str | bool = "auto",
+) -> Fusion:
+    """What of this gate fused operators compute now, and why not more; x and g add what their sizes decide.
+
+    recompute: as in AttentionGate; for batch norms in training mode it decides too.
+    """
     unfused = [name for name in ("theta", "phi", "psi") if not _is_plain(spec, getattr(parts, name))]
     for name in ("theta_norm", "phi_norm", "psi_norm"):
         norm = getattr(parts, name)
@@ -26,7 +35,12 @@ def fusion(spec: GateSpec, parts: Parts, x: Tensor | None = None) -> Fusion:
             unfused.append(name)
     if x is not None and spec.theta_padding == "same" and any(map(any, spec.theta_pads(x.shape[2:]))):
         unfused.append("theta")
-    return spec.fusion(unfused)
+    found = spec.fusion(unfused)
+    if found.plan.startswith("chain") and x is not None and training.serves(spec, parts, x, g, recompute):
+        without = spec.fusion([name for name in unfused if name not in ("theta_norm", "phi_norm")])
+        if without.plan.startswith("whole"):
+            return Fusion("whole_moments", found.reason)
+    return found
 
 
 def run(
@@ -43,8 +57,10 @@ def run(
 
     backend, recompute: as in AttentionGate. cache: keeps the folded batch norms of these parts.
     """
-    plan = "eager" if backend == "eager" else fusion(spec, parts, x).plan
-    if plan.startswith("whole"):
+    plan = "eager" if backend == "eager" else fusion(spec, parts, x, g, recompute).plan
+    if plan == "whole_moments":
+        y, alpha = training.run(spec, parts, x, g, backend=backend)
+    elif plan.startswith("whole"):
         y, alpha = _whole(spec, parts, x, g, plan == "whole_logits", backend, recompute, cache)
     elif plan.startswith("chain"):
         y, alpha = _chain(spec, parts, x, g, plan == "chain_logits", backend)

@@ -97,28 +97,44 @@ def _foldable_norm(parts: Parts, layer: str) -> _BatchNorm | None:
 
 def _fold(parts: Parts) -> Folded:
     (theta, theta_bias), (phi, phi_bias), (psi, psi_bias) = (fold_layer(parts, layer) for layer in _LAYERS)
-    bias = phi_bias if theta_bias is None else theta_bias if phi_bias is None else theta_bias + phi_bias
-    return Folded(theta, phi, psi, bias, psi_bias)
+    return Folded(theta, phi, psi, summed(theta_bias, phi_bias), psi_bias)
 
 
 def fold_layer(parts: Parts, layer: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the convolution `layer`, and of the norm behind it if that folds.
+    """Weight and bias of the convolution `layer`, and of the norm behind it if that folds."""
+    conv, norm = getattr(parts, layer), _foldable_norm(parts, layer)
+    if norm is None:
+        return conv.weight, conv.bias
+    statistics = norm.running_mean, norm.running_var
+    return fold(conv.weight, conv.bias, norm.weight, norm.bias, *statistics, norm.eps)
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of scale * (conv - mean) / sqrt(var + eps) + shift.
 
     Differentiable. What is folded comes out in float32 at least, whatever the dtype of the parameters.
     """
-    conv, norm = getattr(parts, layer), _foldable_norm(parts, layer)
-    weight, bias = conv.weight, conv.bias
-    if norm is None:
-        return weight, bias
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-    scale = torch.rsqrt(var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -mean * scale if bias is None else (bias - mean) * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    return weight * scale.view(-1, *(1,) * (weight.ndim - 1)), shift
+    mean, factor = mean.to(dtype), torch.rsqrt(var.to(dtype) + eps)
+    if scale is not None:
+        factor = factor * scale
+    folded = -mean * factor if bias is None else (bias - mean) * factor
+    if shift is not None:
+        folded = folded + shift
+    return weight * factor.view(-1, *(1,) * (weight.ndim - 1)), folded
+
+
+def summed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, of what there is."""
+    return b if a is None else a if b is None else a + b
 
 
 def _sources(parts: Parts) -> Iterator[Source]:

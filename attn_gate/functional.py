@@ -57,7 +57,7 @@ def gate(
     phi_resize = checks.checked_resize("phi_resize", phi_resize, align_corners)
     alpha_resize = checks.checked_resize("alpha_resize", alpha_resize, align_corners)
     checks.check_activation(activation)
-    x, theta, phi = _cast(x, theta, phi)
+    x, theta, phi = cast(x, theta, phi)
     checks.check_map("x", x)
     checks.check_map("theta", theta, x)
     checks.check_resizable("theta", theta, x.shape[2:])
@@ -81,7 +81,7 @@ def gate_logits(
     """psi . act(theta + resize(phi)) + psi_bias, [N, 1, *R]: `gate` without the normaliser."""
     phi_resize = checks.checked_resize("phi_resize", phi_resize, align_corners)
     checks.check_activation(activation)
-    theta, phi = _cast(theta, phi)
+    theta, phi = cast(theta, phi)
     checks.check_map("theta", theta)
     checks.check_phi(phi, theta)
     checks.check_psi(psi_weight, psi_bias, theta.shape[1], theta)
@@ -133,7 +133,7 @@ def attention_gate(
     alpha_resize = checks.checked_resize("alpha_resize", alpha_resize, align_corners)
     checks.check_activation(activation)
     checks.check_recompute(recompute)
-    x, g = _cast(x, g)
+    x, g = cast(x, g)
     checks.check_projections(x, g, theta_weight, phi_weight, bias)
     checks.check_psi(psi_weight, psi_bias, theta_weight.shape[0], x)
     stride, padding = checks.checked_window(x, theta_weight, stride, padding)
@@ -170,7 +170,7 @@ def attention_logits(
     phi_resize = checks.checked_resize("phi_resize", phi_resize, align_corners)
     checks.check_activation(activation)
     checks.check_recompute(recompute)
-    x, g = _cast(x, g)
+    x, g = cast(x, g)
     checks.check_projections(x, g, theta_weight, phi_weight, bias)
     checks.check_psi(psi_weight, psi_bias, theta_weight.shape[0], x)
     stride, padding = checks.checked_window(x, theta_weight, stride, padding)
@@ -194,11 +194,44 @@ def apply_attention(
 ) -> Tensor:
     """x * resize(alpha, S): x [N, C, *S], alpha [N, 1, *R] -> [N, C, *S] in x's dtype and layout."""
     alpha_resize = checks.checked_resize("alpha_resize", alpha_resize, align_corners)
-    (x,) = _cast(x)
+    (x,) = cast(x)
     checks.check_map("x", x)
     checks.check_alpha(alpha, x)
     alpha = alpha.to(reference.accumulation_dtype(x))
     return _run(operators.GATE_APPLY, backend, (x, alpha), alpha_resize)[0]
+
+
+def moments(
+    x: Tensor,
+    kernel: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mean m [K] and biased covariance [K, K] of x's patches over batch and grid, in float64.
+
+    K = C * taps, taps fastest, as theta_weight.flatten(1) has them: theta = conv(x, W, b, stride) then has
+    the mean W m + b and the variances diag(W Cov W^T), all that a batch norm behind it needs to know. Tiles
+    are centred before they are multiplied: a mean far from zero costs no digits.
+
+    Args:
+        x: [N, C, *S] with at least one voxel; kernel, stride: a number, or one per axis; kernel <= stride.
+        backend: as in `gate`; other devices than the CPU run the eager twin.
+
+    Raises:
+        ValueError, TypeError: as in `gate`.
+    """
+    (x,) = cast(x)
+    checks.check_map("x", x)
+    kernel, stride = checks.checked_patches(x, kernel, stride)
+    if _autocast_dtype(x) is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return moments(x, kernel, stride, backend=backend)
+    if backends.choose(backend, x, operators.MOMENTS.name) != "cpu":
+        return operators.MOMENTS.twin(x, kernel, stride)
+    if x.ndim == 3:
+        x, kernel, stride = x.unsqueeze(2), [1, *kernel], [1, *stride]
+    return call(operators.MOMENTS, x, kernel, stride)
 
 
 def _run(
@@ -232,7 +265,7 @@ def _autocast_dtype(t: Tensor) -> torch.dtype | None:
     return None
 
 
-def _cast(*maps: Any) -> tuple[Any, ...]:
+def cast(*maps: Any) -> tuple[Any, ...]:
     """Under autocast, maps in its dtype: outside of the operators, so that the casts are differentiated."""
     first = maps[0]
     dtype = _autocast_dtype(first) if isinstance(first, Tensor) else None

@@ -163,9 +163,9 @@ class AttentionGate(nn.Module):
         tell(self, alpha)
         return (y, alpha) if return_attention else y
 
-    def fusion(self, x: Tensor | None = None) -> Fusion:
-        """What of this gate fused operators compute now, and why not more; x adds what its size decides."""
-        return engine.fusion(self.spec, self, x)
+    def fusion(self, x: Tensor | None = None, g: Tensor | None = None) -> Fusion:
+        """What of this gate fused operators compute now, and why not more; x and g add what sizes decide."""
+        return engine.fusion(self.spec, self, x, g, self.recompute)
 
     def extra_repr(self) -> str:
         defaults = GateSpec(spatial_dims=self.spec.spatial_dims)

@@ -1,4 +1,4 @@
-"""The five fused operators, described: what each takes and returns, its backward kernel, its eager twin.
+"""The fused operators, described: what each takes and returns, its backward kernel, its eager twin.
 
 The twin is the same formula in eager PyTorch (`attn_gate.reference`): what second derivatives and forward
 mode differentiate, and what backend="eager" runs.
@@ -29,6 +29,7 @@ class Operator:
         backward_arguments: (grads, tensors, kept results, options) -> those of {name}_bwd, but for `needs`.
         twin: (*tensors, *options) -> the differentiable results, in eager PyTorch.
         namespace: "attn_gate" for the native kernels of every device; see `namespaces`.
+        over_batch: whether the results are sums over the batch, which vmap must not fold into it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Operator:
     backward_arguments: Callable[..., tuple]
     twin: Callable[..., tuple[Tensor, ...]]
     namespace: str = "attn_gate"
+    over_batch: bool = False
 
     def forward(self, *args: Any) -> tuple[Tensor, ...]:
         """All results of the kernel."""
@@ -124,6 +126,10 @@ ATTENTION_LOGITS = Operator(
 GATE_APPLY = Operator(
     "gate_apply", tensors=2, maps=2, outputs=1, kept=(), twin=_apply,
     backward_arguments=lambda grads, t, kept, options: (*grads, *t, *options),
+)  # fmt: skip
+MOMENTS = Operator(
+    "moments", tensors=1, maps=1, outputs=2, kept=(0,), twin=reference.moments, over_batch=True,
+    backward_arguments=lambda grads, t, kept, options: (*grads, *t, *kept, *options),
 )  # fmt: skip
 OPERATORS = (GATE, GATE_LOGITS, ATTENTION_GATE, ATTENTION_LOGITS, GATE_APPLY)
 

@@ -20,6 +20,7 @@ Source: Oktay et al., Attention U-Net, 2018 (arXiv 1804.03999), section 2.2 and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -184,6 +185,27 @@ def apply_attention(
     dtype = accumulation_dtype(x)
     alpha = resize(alpha.to(dtype), x.shape[2:], resize_mode(alpha_resize, align_corners))
     return (x.to(dtype) * alpha).to(x.dtype)
+
+
+def moments(
+    x: Tensor, kernel: int | Sequence[int] = 1, stride: int | Sequence[int] = 1
+) -> tuple[Tensor, Tensor]:
+    """Mean [K] and biased covariance [K, K], in float64, of x's patches (K = channels * taps, taps fastest).
+
+    So that theta = conv(x, W, b, stride) has the mean W m + b and the variances diag(W Cov W^T).
+    """
+    axes = x.ndim - 2
+    kernel, stride = ([v] * axes if isinstance(v, int) else list(v) for v in (kernel, stride))
+    coarse = [(n - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
+    taps = []
+    for tap in itertools.product(*map(range, kernel)):
+        ends = [t + s * (n - 1) + 1 for t, s, n in zip(tap, stride, coarse, strict=True)]
+        cut = tuple(slice(t, end, s) for t, end, s in zip(tap, ends, stride, strict=True))
+        taps.append(x[(slice(None), slice(None), *cut)])
+    rows = torch.stack(taps, 2).flatten(1, 2).transpose(0, 1).flatten(1).to(accumulation_dtype(x))  # [K, n]
+    mean = rows.mean(1)
+    centred = rows - mean[:, None]
+    return mean.double(), (centred @ centred.T / rows.shape[1]).double()
 
 
 def resize(t: Tensor, size: Sequence[int], mode: str) -> Tensor:

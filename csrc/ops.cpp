@@ -8,6 +8,8 @@
 //                    empty)
 //   *_logits         up to psi . activation(...) + psi_bias
 //   gate_apply       y = x * resize(alpha)
+//   moments          mean [K] and covariance [K, K] of x's patches, in float64: what batch norms behind a
+//                    projection need to know of x. CPU only
 //
 // *_bwd: gradients of everything that `needs` (a bit for each of the returned tensors) asks for; others come
 // empty.
@@ -58,6 +60,28 @@ STABLE_TORCH_LIBRARY(attn_gate, m) {
   m.def(
       "gate_apply_bwd(Tensor dy, Tensor x, Tensor alpha, str alpha_resize, int needs) "
       "-> (Tensor dx, Tensor dalpha)");
+  m.def("moments_fwd(Tensor x, int[] kernel, int[] stride) -> (Tensor mean, Tensor cov)");
+  m.def(
+      "moments_bwd(Tensor? dmean, Tensor? dcov, Tensor x, Tensor mean, int[] kernel, int[] stride, int "
+      "needs) "
+      "-> Tensor dx");
+  m.def(
+      "moments_add_bwd(Tensor(a!) dx, Tensor? dmean, Tensor? dcov, Tensor x, Tensor mean, int[] kernel, "
+      "int[] stride) -> ()");
+  // The gate of batch norms in training mode: logits of x - centre_x and g - centre_g, and everything that
+  // dlogits give; dx starts from dy * resize(alpha).
+  m.def(
+      "attention_train_fwd(Tensor x, Tensor g, Tensor? centre_x, Tensor? centre_g, Tensor theta_weight, "
+      "Tensor "
+      "phi_weight, Tensor? bias, Tensor psi_weight, Tensor? psi_bias, int[] stride, str phi_resize, str "
+      "activation) -> Tensor logits");
+  m.def(
+      "attention_train_bwd(Tensor? dy, Tensor dlogits, Tensor x, Tensor g, Tensor? centre_x, Tensor? "
+      "centre_g, "
+      "Tensor theta_weight, Tensor phi_weight, Tensor? bias, Tensor psi_weight, Tensor alpha, int[] stride, "
+      "str "
+      "phi_resize, str alpha_resize, str activation, int needs) -> (Tensor dx, Tensor dg, Tensor "
+      "dtheta_weight, Tensor dphi_weight, Tensor dbias, Tensor dpsi_weight, Tensor dpsi_bias)");
   m.def("cpu_isa() -> str");
 }
 

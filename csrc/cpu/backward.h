@@ -30,7 +30,7 @@ void project_back(const Worker<T>& work, const A* ds, int64_t k0, int64_t rows, 
       // product.
       const int64_t row = k0 + k, block = row / kBlock<A> * kBlock<A>;
       if (row - block + kRows <= kBlock<A>) {
-        multiply<A, NV>(work.packed.backward + block * I + (row - block), ds + at, ld, I, acc);
+        multiply<A, NV>(work.packed.backward + block * I + (row - block), kBlock<A>, ds + at, ld, I, acc);
       } else {
         const A* w = work.packed.backward;
         for (int64_t i = 0; i < I; ++i)
@@ -59,7 +59,7 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
   const bool same = p.same_grid(), apply = bool(p.dy);
   const bool x_in_tile = p.uses_x();
   std::optional<Resizer<A>> alpha_resize;
-  if (apply && !same) alpha_resize.emplace(p.alpha_resize, p.coarse, p.fine, true);
+  if (apply && !same && p.dfine) alpha_resize.emplace(p.alpha_resize, p.coarse, p.fine, true);
   Buffer<A> alpha(ld), dlogit(ld), line(p.fine.w), ds(Ip * ld), dy(apply && same ? C * ld : 0);
   Buffer<A> own_x(apply && same && !x_in_tile ? C * ld : 0);
   const bool weights = p.weight_grads && K > 0;
@@ -84,7 +84,7 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
     for (int64_t i = 0; i < padded; ++i) dlogit[i] = A(0);
     const A* dalpha = static_cast<const A*>(p.dalpha);
     for (int64_t i = 0; dalpha && i < len; ++i) dlogit[i] = dalpha[n * voxels + v + i];
-    if (p.through_sigmoid) {
+    if (p.alpha) {
       std::memcpy(alpha, static_cast<const A*>(p.alpha) + n * voxels + v, size_t(len) * sizeof(A));
       for (int64_t i = len; i < padded; ++i) alpha[i] = A(0);
     }
@@ -100,9 +100,9 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
             dot += d * load(x_rows + c * ld + i);
             store(dy + c * ld + i, d * a);
           }
-          store(dlogit + i, dot);
+          if (p.through_sigmoid) store(dlogit + i, dot);
         }
-      } else {
+      } else if (p.dfine) {
         Buffer<A> piece(p.coarse.w);
         const A* dfine = static_cast<const A*>(p.dfine) + n * p.fine.voxels();
         for_row_pieces(same_row_patches(p.coarse), v, end, [&](int64_t first, int64_t count, int64_t offset) {
@@ -164,7 +164,7 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
 #pragma GCC unroll 3
               for (int j = 0; j < kCols; ++j)
                 acc[r][j] = first ? Vec<A>{} : load(to + r * kPanel + j * kLanes<A>);
-            multiply<A, kCols>(ds_t + block * ld + (i - block), panel + q, kPanel, len, acc);
+            multiply<A, kCols>(ds_t + block * ld + (i - block), kBlock<A>, panel + q, kPanel, len, acc);
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3

@@ -1,6 +1,7 @@
 // The kernels of one instruction set: compiled once for each, with -DATTN_GATE_ISA=<name> and the matching -m
 // flags. All else has internal linkage, so that the linker can't pick one set's code for another.
 #include "backward.h"
+#include "moments.h"
 
 #define ATTN_GATE_JOIN_(a, b) a##b
 #define ATTN_GATE_JOIN(a, b) ATTN_GATE_JOIN_(a, b)
@@ -80,6 +81,21 @@ void reduce(const Problem& p, const Layout& l, int64_t groups, int64_t begin, in
                         : reduce_groups<float>(p, l, groups, begin, end);
 }
 
+// The tile, turned too, should stay in a core's L2; long tiles spread the cost of joining K * K sums.
+void moments_layout(Moments& p) {
+  const int64_t size = p.dtype == DType::f64 ? 8 : 4, rows = p.rows() > 0 ? p.rows() : 1;
+  const int64_t fits = (int64_t(768) << 10) / size / (2 * rows);
+  p.tile = fits < 96 ? 96 : fits > 384 ? 384 : fits / 48 * 48;
+  p.block = p.dtype == DType::f64 ? kBlock<double> : kBlock<float>;
+}
+void moments(const Moments& p, int64_t group, bool begin, int64_t n, int64_t v0, int64_t v1) {
+  with_dtype(p.dtype, [&](auto t) { moments_tiles<decltype(t)>(p, group, begin, n, v0, v1); });
+}
+void moments_join(const Moments& p, int64_t begin, int64_t end) { moments_join_rows(p, begin, end); }
+void moments_backward(const Moments& p, int64_t n, int64_t v0, int64_t v1) {
+  with_dtype(p.dtype, [&](auto t) { moments_backward_tiles<decltype(t)>(p, n, v0, v1); });
+}
+
 }  // namespace
 
 extern const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA);
@@ -92,6 +108,10 @@ const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA) = {ATTN_GATE_STRING(ATTN_G
                                                          backward,
                                                          gather_dalpha,
                                                          gather_dphi,
-                                                         reduce};
+                                                         reduce,
+                                                         moments_layout,
+                                                         moments,
+                                                         moments_join,
+                                                         moments_backward};
 
 }  // namespace attn_gate::cpu

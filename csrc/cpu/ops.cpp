@@ -1,54 +1,16 @@
 // The operators on the CPU: every input checked, outputs and workspace allocated, the schedule run.
 // Checks come before any parallel loop: an exception thrown inside one loses its message.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "schedule.h"
+#include "tensors.h"
 
 namespace attn_gate::cpu {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
-using MaybeTensor = std::optional<Tensor>;
-
-std::string shape_of(const Tensor& t) {
-  std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + "]";
-}
-
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "attn_gate: maps are float32, float64, bfloat16 or float16, got ",
-                  torch::headeronly::toString(x.scalar_type()));
-  return DType::f32;
-}
-
-ScalarType acc_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 Resize resize_of(const std::string& mode, const char* name) {
   if (mode == "nearest") return Resize::nearest;
@@ -74,83 +36,6 @@ void check_resizable(const Grid& from, const Grid& to, const char* name) {
   STD_TORCH_CHECK((from.voxels() == 0) == (to.voxels() == 0), "attn_gate: ", name, " has a grid of ",
                   from.voxels(), " voxels, which can't be resized to ", to.voxels());
 }
-
-enum class Storage { contiguous, channels_last, other };
-Storage storage_of(const Tensor& t) {
-  if (t.is_contiguous()) return Storage::contiguous;
-  int64_t stride =
-      t.size(1);  // channels last: channels fastest, then the grid from its last axis on, batch slowest
-  if (t.size(1) != 1 && t.stride(1) != 1) return Storage::other;
-  for (int64_t i = t.dim() - 1; i >= 2; --i) {
-    if (t.size(i) != 1 && t.stride(i) != stride) return Storage::other;
-    stride *= t.size(i);
-  }
-  return t.size(0) == 1 || t.stride(0) == stride ? Storage::channels_last : Storage::other;
-}
-
-void check_map(const Tensor& t, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(t.is_cpu(), "attn_gate: ", name, " is not a CPU tensor");
-  STD_TORCH_CHECK(t.dim() == 4 || t.dim() == 5, "attn_gate: ", name,
-                  " is [N, channels, H, W] or [N, channels, D, H, W], got ", shape_of(t));
-  STD_TORCH_CHECK(t.dim() == like.dim() && t.size(0) == like.size(0), "attn_gate: ", name, " has shape ",
-                  shape_of(t), ", which does not fit ", shape_of(like));
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), "attn_gate: ", name, " has dtype ",
-                  torch::headeronly::toString(t.scalar_type()), " where ",
-                  torch::headeronly::toString(like.scalar_type()), " is needed");
-}
-
-Grid grid_of(const Tensor& t) {
-  Grid g;
-  const int64_t n = t.dim();
-  g.w = t.size(n - 1);
-  g.h = t.size(n - 2);
-  g.d = n == 5 ? t.size(2) : 1;
-  return g;
-}
-
-// Large outputs are fresh pages: 2 MiB pages spare most of the faults, which cost as much as the writing.
-void advise_huge_pages(void* data, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t page = size_t(2) << 20;
-  const size_t begin = (reinterpret_cast<size_t>(data) + page - 1) / page * page;
-  const size_t end = (reinterpret_cast<size_t>(data) + bytes) / page * page;
-  if (end > begin && end - begin >= 2 * page)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)bytes;
-#endif
-}
-
-// Uninitialised [N, channels, grid] in the dtype and layout of `like`.
-Tensor new_map(const Tensor& like, int64_t channels, const Ints& grid) {
-  Ints shape{like.size(0), channels};
-  shape.insert(shape.end(), grid.begin(), grid.end());
-  const auto format = storage_of(like) != Storage::channels_last ? MemoryFormat::Contiguous
-                      : like.dim() == 4                          ? MemoryFormat::ChannelsLast
-                                                                 : MemoryFormat::ChannelsLast3d;
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
-}
-
-// A parameter or 1-channel map in the accumulation dtype, dense.
-Tensor check_acc(const Tensor& t, const char* name, const Tensor& x, const Ints& shape) {
-  STD_TORCH_CHECK(t.is_cpu(), "attn_gate: ", name, " is not a CPU tensor");
-  STD_TORCH_CHECK(t.scalar_type() == acc_dtype(x), "attn_gate: ", name, " has dtype ",
-                  torch::headeronly::toString(t.scalar_type()), " where ",
-                  torch::headeronly::toString(acc_dtype(x)), " is needed");
-  bool same = t.dim() == int64_t(shape.size());
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == shape[size_t(i)];
-  std::string wanted;
-  for (int64_t s : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(s);
-  STD_TORCH_CHECK(same, "attn_gate: ", name, " has shape ", shape_of(t), " where [", wanted, "] is needed");
-  return torch::stable::contiguous(t);
-}
-
-Ints grid_sizes(const Tensor& t) {
-  Ints shape(t.sizes().begin(), t.sizes().end());
-  return Ints(shape.begin() + 2, shape.end());
-}
-Ints sizes_of(const Tensor& t) { return Ints(t.sizes().begin(), t.sizes().end()); }
 
 // A call under way: the problem, and the tensors that its pointers lie in.
 struct Call {
@@ -237,7 +122,7 @@ struct Call {
       p.dy = input(*dy, "dy");
       STD_TORCH_CHECK(p.dy.channels == p.x.channels && p.dy.grid == p.fine, "attn_gate: dy has shape ",
                       shape_of(*dy));
-      if (!p.same_grid()) {
+      if (p.through_sigmoid && !p.same_grid()) {
         Tensor dfine = new_acc({p.batch, p.fine.voxels()});
         p.dfine = dfine.mutable_data_ptr();
         held.push_back(dfine);
@@ -351,9 +236,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_bwd(const MaybeTensor& d
   call.take_psi(psi_weight, std::nullopt);
   call.take_alpha_mode(alpha_resize);
   call.take_alpha(alpha, grid_sizes(theta));
+  p.through_sigmoid = true;
   call.take_gradients(dy, dalpha, alpha);
   p.activation = activation_of(activation);
-  p.through_sigmoid = true;
   Tensor dx = call.like_if(wants(needs, 0), x);
   if (wants(needs, 0)) p.dx = call.output(dx);
   if (wants(needs, 0) && !dy) torch::stable::zero_(dx);
@@ -392,6 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_logits_bwd(const Tensor& dlogits
 // Both projections; where g's grid is not theta's, phi is made on g's grid first (I channels, not kept).
 struct Attention : Call {
   Tensor g, phi_weight, phi;
+  const void* centre_of_g = nullptr;
   Ints coarse;  // R, without the batch and the channels
 
   Attention(const Tensor& x, const Tensor& g_, const Tensor& theta_weight, const Tensor& phi_weight_,
@@ -435,11 +321,17 @@ struct Attention : Call {
   }
   bool phi_apart() const { return !(grid_of(g) == p.coarse); }
 
+  void take_centres(const MaybeTensor& centre_x, const MaybeTensor& centre_g) {
+    if (centre_x) p.centre_x = hold(check_acc(*centre_x, "centre_x", like, {p.rows_x()}));
+    if (centre_g) centre_of_g = hold(check_acc(*centre_g, "centre_g", like, {g.size(1)}));
+  }
+
   // phi = phi_weight * g on g's own grid, by the same kernels: a problem whose pre-activation is phi.
   void take_g() {
     if (!phi_apart()) {
       p.phi_weight = hold(phi_weight);
       p.g = input(g, "g");
+      p.centre_g = centre_of_g;
       return;
     }
     phi = new_map(g, p.inter, grid_sizes(g));
@@ -461,6 +353,7 @@ struct Attention : Call {
     q.psi = p.psi;
     q.phi_weight = apart.hold(phi_weight);
     q.g = apart.input(g, "g");
+    q.centre_g = centre_of_g;
     return apart;
   }
   // Stored pre-activation, in x's dtype and layout; empty where it is recomputed.
@@ -557,8 +450,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_gat
   call.take_alpha_mode(alpha_resize);
   call.take_preact(preact);
   call.take_alpha(alpha, call.coarse);
-  call.take_gradients(dy, dalpha, alpha);
   call.p.through_sigmoid = true;
+  call.take_gradients(dy, dalpha, alpha);
   return call.gradients(needs);
 }
 
@@ -588,6 +481,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_log
   return call.gradients(needs);
 }
 
+Tensor attention_train_fwd(const Tensor& x, const Tensor& g, const MaybeTensor& centre_x,
+                           const MaybeTensor& centre_g, const Tensor& theta_weight, const Tensor& phi_weight,
+                           const MaybeTensor& bias, const Tensor& psi_weight, const MaybeTensor& psi_bias,
+                           Ints stride, std::string phi_resize, std::string activation) {
+  Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
+  call.take_psi(psi_weight, psi_bias);
+  call.take_centres(centre_x, centre_g);
+  call.take_g();
+  Tensor logits = call.new_alpha(call.coarse);
+  call.forward();
+  return logits;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_train_bwd(
+    const MaybeTensor& dy, const Tensor& dlogits, const Tensor& x, const Tensor& g,
+    const MaybeTensor& centre_x, const MaybeTensor& centre_g, const Tensor& theta_weight,
+    const Tensor& phi_weight, const MaybeTensor& bias, const Tensor& psi_weight, const Tensor& alpha,
+    Ints stride, std::string phi_resize, std::string alpha_resize, std::string activation, int64_t needs) {
+  Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
+  call.take_psi(psi_weight, std::nullopt);
+  call.take_centres(centre_x, centre_g);
+  call.take_g();
+  call.take_alpha_mode(alpha_resize);
+  call.take_alpha(alpha, call.coarse);
+  call.take_gradients(dy, dlogits, alpha);
+  return call.gradients(needs);
+}
+
 // -------------------------------------------------------------------------------------------- gate_apply
 
 Call apply_call(const Tensor& x, const Tensor& alpha, const std::string& alpha_resize) {
@@ -613,6 +534,7 @@ std::tuple<Tensor, Tensor> gate_apply_bwd(const Tensor& dy, const Tensor& x, con
                                           std::string alpha_resize, int64_t needs) {
   Call call = apply_call(x, alpha, alpha_resize);
   Problem& p = call.p;
+  p.through_sigmoid = true;
   call.take_gradients(dy, std::nullopt, alpha);
   Tensor dx = call.like_if(wants(needs, 0), x), dalpha = call.no_acc();
   if (wants(needs, 0)) p.dx = call.output(dx);
@@ -638,6 +560,8 @@ STABLE_TORCH_LIBRARY_IMPL(attn_gate, CPU, m) {
   m.impl("gate_logits_bwd", TORCH_BOX(&gate_logits_bwd));
   m.impl("attention_gate_fwd", TORCH_BOX(&attention_gate_fwd));
   m.impl("attention_gate_bwd", TORCH_BOX(&attention_gate_bwd));
+  m.impl("attention_train_fwd", TORCH_BOX(&attention_train_fwd));
+  m.impl("attention_train_bwd", TORCH_BOX(&attention_train_bwd));
   m.impl("attention_logits_fwd", TORCH_BOX(&attention_logits_fwd));
   m.impl("attention_logits_bwd", TORCH_BOX(&attention_logits_bwd));
   m.impl("gate_apply_fwd", TORCH_BOX(&gate_apply_fwd));

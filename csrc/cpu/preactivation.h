@@ -95,6 +95,13 @@ struct Worker {
   void load_input(int64_t n, int64_t v0, int64_t v1) {
     if (p.uses_x()) load_tile<T>(p.x, patches, n, v0, v1, static_cast<A*>(input), ld);
     if (p.g) load_tile<T>(p.g, flat, n, v0, v1, input + p.rows_x() * ld, ld);
+    if (p.centre_x) subtract(static_cast<const A*>(p.centre_x), p.rows_x(), v1 - v0, input);
+    if (p.centre_g) subtract(static_cast<const A*>(p.centre_g), p.rows_g(), v1 - v0, input + p.rows_x() * ld);
+  }
+  void subtract(const A* centre, int64_t count, int64_t len, A* rows) const {
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t i = 0; i < len; i += kLanes<A>)
+        store(rows + k * ld + i, load(rows + k * ld + i) - centre[k]);
   }
 
   // What the voxels [v0, v1) will read, to be fetched during the panels of a tile of `len` voxels.
@@ -142,7 +149,7 @@ struct Worker {
       const int64_t block = i / kBlock<A> * kBlock<A>, depth = p.depth();
       const A *w = packed.forward + block * depth + (i - block), *x = input + v;
       for (int64_t k = 0; k < depth; k += kStep) {
-        multiply<A, NV>(w + k * kBlock<A>, x + k * ld, ld, smaller(kStep, depth - k), acc);
+        multiply<A, NV>(w + k * kBlock<A>, kBlock<A>, x + k * ld, ld, smaller(kStep, depth - k), acc);
         ahead.fetch();
       }
     } else {

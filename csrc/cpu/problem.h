@@ -46,7 +46,9 @@ struct Problem {
   const void *bias = nullptr, *psi = nullptr;                 // [I] (bias may be null), [I]
   const void* psi_bias = nullptr;                             // [1] or null
 
-  Map x, g;               // grids S and R
+  Map x, g;  // grids S and R
+  // What is taken off the rows of [patches(x); g] before they are multiplied, or null: [C * taps], [G]
+  const void *centre_x = nullptr, *centre_g = nullptr;
   Map theta, phi;         // grids R and Q
   Map preact;             // forward: where to store s (or absent); backward: s as stored
   Map y;                  // forward out; absent: stop at the logits
@@ -56,10 +58,10 @@ struct Problem {
   Map dy, dx, dg, dtheta;  // dtheta holds ds: also what dphi is resized from
   Map dphi;
   Map ds;                        // ds as given: only the projections are differentiated
-  const void* dalpha = nullptr;  // [N, R] gradient of alpha (of the logits where dy is absent), or null
+  const void* dalpha = nullptr;  // [N, R] gradient of alpha, or of the logits, or null
   void* dalpha_out = nullptr;    // [N, R] where only x * resize(alpha) is differentiated
   void* dfine = nullptr;         // [N, S] sum over channels of dy * x, where S != R
-  bool through_sigmoid = false;  // alpha is sigmoid(logit); else gradients are those of the logits
+  bool through_sigmoid = false;  // alpha is sigmoid(logit); else dalpha is the whole gradient of the logits
   bool weight_grads = false;
 
   // workspace, laid out by Layout below
@@ -74,6 +76,26 @@ struct Problem {
   }  // K of the projections' matrix product
   ATTN_GATE_INLINE bool uses_x() const { return theta_weight != nullptr; }
   ATTN_GATE_INLINE bool same_grid() const { return fine == coarse; }
+};
+
+// Mean and covariance of x's patches (K = channels * taps), in double whatever the map.
+struct Moments {
+  DType dtype = DType::f32;
+  Map x;
+  Grid coarse, kernel, stride;
+  int64_t tile = 0;                                          // coarse voxels a tile
+  int64_t block = 0;                                         // rows of a packed block of `slope`
+  int64_t groups = 0;                                        // independent partial sums
+  double *state = nullptr, *mean = nullptr, *cov = nullptr;  // [groups, state_elements], [K], [K, K]
+
+  // backward: dx (+)= slope (x - centre) + offset
+  const void *slope = nullptr, *centre = nullptr,
+             *offset = nullptr;  // [blocks][K][block], [K], [blocks * block]
+  Map dx;
+  bool add = false;  // onto what dx holds
+
+  ATTN_GATE_INLINE int64_t rows() const { return x.channels * kernel.voxels(); }
+  ATTN_GATE_INLINE int64_t state_elements() const { return 1 + rows() + rows() * rows(); }
 };
 
 // Sizes that operators and kernels must agree on; the kernels fill it in for their vector length.
@@ -109,6 +131,14 @@ struct Kernels {
   void (*gather_dphi)(const Problem&, int64_t n, int64_t r0, int64_t r1);
   // Elements [begin, end) of a group: the sum over groups, in order, left in group 0.
   void (*reduce)(const Problem&, const Layout&, int64_t groups, int64_t begin, int64_t end);
+
+  // Fills in tile and block.
+  void (*moments_layout)(Moments&);
+  // Coarse voxels [v0, v1) of sample n join the sums of `group`, or begin them.
+  void (*moments)(const Moments&, int64_t group, bool begin, int64_t n, int64_t v0, int64_t v1);
+  // Rows [begin, end) of mean and cov.
+  void (*moments_join)(const Moments&, int64_t begin, int64_t end);
+  void (*moments_backward)(const Moments&, int64_t n, int64_t v0, int64_t v1);
 };
 
 extern const Kernels kernels_default, kernels_avx2, kernels_avx512;

@@ -92,12 +92,12 @@ inline Vec<A> sigmoid(Vec<A> z) {
   return A(1) / (A(1) + exponential(-z));
 }
 
-// acc[r][j] += sum_k a[k * kBlock + r] * x[k * ldx + j * lanes + (0 .. lanes)]: the one matrix product of the
+// acc[r][j] += sum_k a[k * lda + r] * x[k * ldx + j * lanes + (0 .. lanes)]: the one matrix product of the
 // library. Loads a step: kCols vectors and kRows broadcasts for kRows * kCols multiply-adds.
 template <class A, int NV>
-inline __attribute__((always_inline)) void multiply(const A* a, const A* x, int64_t ldx, int64_t depth,
-                                                    Vec<A> (&acc)[kRows][NV]) {
-  for (int64_t k = 0; k < depth; ++k, a += kBlock<A>, x += ldx) {
+inline __attribute__((always_inline)) void multiply(const A* a, int64_t lda, const A* x, int64_t ldx,
+                                                    int64_t depth, Vec<A> (&acc)[kRows][NV]) {
+  for (int64_t k = 0; k < depth; ++k, a += lda, x += ldx) {
     Vec<A> b[NV];
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) b[j] = load(x + j * kLanes<A>);
