@@ -16,6 +16,7 @@ from attn_gate.spec import Fusion
 _PLANS = {
     "whole": "whole gate, one operator",
     "whole_logits": "projections to logits, and the product",
+    "whole_moments": "projections and their batch norms to logits, and the product",
     "chain": "sum to product",
     "chain_logits": "sum to logits, and the product",
     "apply": "the product",
