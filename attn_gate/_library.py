@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -42,6 +44,12 @@ def _load() -> tuple[bool, str]:
 
 has_cuda_library, why_no_cuda_library = _load()
 ops = torch.ops.attn_gate
+
+
+@functools.cache
+def build_info() -> dict[str, str]:
+    """What CMake wrote beside the libraries when it built them."""
+    return json.loads((_DIRECTORY / "_build_info.json").read_text())
 
 
 def cpu_isa() -> str:

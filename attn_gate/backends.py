@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, architectures, composed
 
 _VARIABLE = "ATTN_GATE_BACKEND"
 _log = logging.getLogger("attn_gate")
@@ -40,8 +40,12 @@ def _why_not_cpu(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _why_not_cuda(device: torch.device, dtype: torch.dtype) -> str:
-    elsewhere = "" if device.type == "cuda" else f"the tensors are on {device}"
-    return _library.why_no_cuda_library or elsewhere
+    if _library.why_no_cuda_library or device.type != "cuda":
+        return _library.why_no_cuda_library or f"the tensors are on {device}"
+    if not torch.cuda.is_available():
+        return ""  # fake tensors: nothing will run
+    built = _library.build_info()["cuda_architectures"]
+    return architectures.why_not(built, torch.cuda.get_device_capability(device))
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
@@ -57,6 +61,9 @@ BACKENDS = {
         Backend("eager", "", lambda device, dtype: ""),
     )
 }
+
+if _library.has_cuda_library:
+    composed.implement_on_cuda()
 
 
 def choose(backend: str, x: Tensor, operator: str = "attention_gate") -> str:

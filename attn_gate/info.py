@@ -2,10 +2,7 @@
 
 import argparse
 import importlib.metadata
-import json
-import os
 import platform
-from pathlib import Path
 
 import torch
 
@@ -39,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 def versions() -> dict[str, str]:
     """Return what is installed, what was built and what runs it, in the order in which `info` prints it."""
-    built = _build_info()
+    built = _library.build_info()
     return {
         "attn_gate": __version__,
         "Python": platform.python_version(),
@@ -79,12 +76,6 @@ def _print_plain(facts: dict[str, str], backend_rows: list[tuple[str, bool, str]
     print()
     for name, usable, reason in backend_rows:
         print(f"{name:<14}{'usable' if usable else 'not usable'}{': ' + reason if reason else ''}")
-
-
-def _build_info() -> dict[str, str]:
-    """Read what CMake wrote beside the libraries when it built them."""
-    folder = Path(os.environ.get("ATTN_GATE_LIBRARY_DIR") or Path(__file__).parent)
-    return json.loads((folder / "_build_info.json").read_text())
 
 
 def _cuda_kernels(built: dict[str, str]) -> str:

@@ -9,8 +9,10 @@
 
 #if defined(__CUDACC__)
 #define ATTN_GATE_HD __host__ __device__ __forceinline__
+#define ATTN_GATE_MEMBER __host__ __device__ __forceinline__
 #else
 #define ATTN_GATE_HD static inline  // internal: each instruction set keeps its own copy
+#define ATTN_GATE_MEMBER inline
 #endif
 
 namespace attn_gate {
@@ -74,12 +76,29 @@ ATTN_GATE_HD ResizeTap<A> resize_tap(Resize mode, int64_t o, int64_t in, int64_t
   if (mode == Resize::align_corners) {
     source = out > 1 ? A(o) * (A(in - 1) / A(out - 1)) : A(0);
   } else {
-    source = (A(o) + A(0.5)) * (A(in) / A(out)) - A(0.5);
+    source = std::fma(A(o) + A(0.5), A(in) / A(out),
+                      A(-0.5));  // spelled out: the same bits wherever it is inlined
     source = source < A(0) ? A(0) : source;
   }
   int64_t lower = int64_t(source);
   lower = lower < in - 1 ? lower : in - 1;
   return {lower, lower + 1 < in ? lower + 1 : in - 1, source - A(lower)};
+}
+
+// The first o in [0, out] whose taps begin at `lower` or beyond it: taps rise with o.
+template <class A>
+ATTN_GATE_HD int64_t first_output(Resize mode, int64_t lower, int64_t in, int64_t out) {
+  if (lower <= 0) return 0;
+  if (lower >= in) return out;
+  if (mode == Resize::identity || in == out) return lower;
+  A guess = mode == Resize::align_corners ? A(lower) * (A(out - 1) / A(in - 1))
+            : mode == Resize::nearest     ? A(lower) * (A(out) / A(in))
+                                          : (A(lower) + A(0.5)) * (A(out) / A(in)) - A(0.5);
+  int64_t o = int64_t(guess);
+  o = o < 0 ? 0 : o > out ? out : o;
+  while (o > 0 && resize_tap<A>(mode, o - 1, in, out).lower >= lower) --o;
+  while (o < out && resize_tap<A>(mode, o, in, out).lower < lower) ++o;
+  return o;
 }
 
 }  // namespace attn_gate

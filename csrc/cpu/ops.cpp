@@ -12,25 +12,6 @@
 namespace attn_gate::cpu {
 namespace {
 
-Resize resize_of(const std::string& mode, const char* name) {
-  if (mode == "nearest") return Resize::nearest;
-  if (mode == "linear") return Resize::linear;
-  if (mode == "align_corners") return Resize::align_corners;
-  STD_TORCH_CHECK(false, "attn_gate: ", name, " is \"linear\", \"nearest\" or \"align_corners\", got \"",
-                  mode, "\"");
-  return Resize::linear;
-}
-
-Activation activation_of(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "leaky_relu") return Activation::leaky_relu;
-  if (name == "softplus") return Activation::softplus;
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  STD_TORCH_CHECK(false, "attn_gate: activation is relu, leaky_relu, softplus, silu or gelu, got ", name);
-  return Activation::relu;
-}
-
 // Grids of no voxels can't be resized to others, nor others to them.
 void check_resizable(const Grid& from, const Grid& to, const char* name) {
   STD_TORCH_CHECK((from.voxels() == 0) == (to.voxels() == 0), "attn_gate: ", name, " has a grid of ",
@@ -182,8 +163,6 @@ struct Call {
                 static_cast<const char*>(p.partial) + from * size, size_t(count * size));
   }
 };
-
-bool wants(int64_t needs, int i) { return (needs >> i) & 1; }
 
 // ---------------------------------------------------------------------------------------------------- gate
 

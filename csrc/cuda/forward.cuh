@@ -1,0 +1,253 @@
+// Forward of gate, gate_logits and gate_apply: one kernel.
+//
+//   alpha = sigmoid(psi . activation(theta + resize(phi)) + psi_bias)       y = x * resize(alpha)
+//
+// A block owns a tile and a slice of x's channels. First it makes alpha on the coarse voxels that the tile
+// needs, in shared memory; then it streams x to y.
+//
+// Bytes that must move, for a voxel of x (e bytes an element, r coarse voxels for each fine one, alpha in
+// float):
+//   2 C e   x and y          2 I r e   theta and phi          4 r   alpha
+// What a tile adds: coarse voxels that its neighbours need too are read by each, so with linear resizing
+// theta and phi are read h times, h = (t + 2) / t for each cut axis of t coarse voxels a tile; and every
+// slice reads them again. The paper's gate (C = 2 I, twice finer) moves 4 I + I / 2 (2D) or I / 4 (3D)
+// elements, of which theta and phi are a ninth and a seventeenth: h = 1.6 costs 7 % and 4 %. On one grid
+// there is no halo, but theta and phi are a third: two slices cost 33 %. So channels are sliced only where
+// the tiles alone are too few to keep the multiprocessors busy, in the deep levels, whose maps lie in the L2
+// cache: see plan.h.
+//
+// Threads: contiguous maps have neighbouring voxels in neighbouring lanes, V voxels (16 bytes) a thread where
+// alignment allows, and rows of threads take every rows-th channel. In channels-last maps a few lanes share a
+// voxel, V channels a thread.
+#pragma once
+#include "chain.cuh"
+
+namespace attn_gate::cuda {
+
+template <class A>
+__device__ __forceinline__ A finished(const Forward& p, A logit) {
+  const A* bias = static_cast<const A*>(p.chain.psi_bias);
+  logit = bias ? logit + *bias : logit;
+  return p.x ? sigmoid(logit) : logit;
+}
+
+// alpha[need] from contiguous theta and phi.
+template <int V, class T, class A>
+__device__ void make_alpha_rows(const Forward& p, const Tile& tile, const A* psi, A* part, A* alpha) {
+  const Chain& chain = p.chain;
+  const int count = tile.need.voxels() / V;
+  const Split split = split_threads(count, chain.inter, kThreads);
+  for (int first = 0; first < count; first += split.units) {
+    const int u = first + split.unit;
+    Values<A, V> sum = {};
+    if (u < count) {
+      const int64_t offset = tile.need.offset(chain.coarse, u * V);
+      const Corners<A> corners = phi_corners<V, A>(chain, offset);
+      Cursor<T> cursor(chain, tile.sample, split.row, offset, split.rows);
+#pragma unroll 2
+      for (int i = split.row; i < chain.inter; i += split.rows) {
+        const auto q = activated(chain.activation, cursor.template read<V>(chain, corners));
+        const A weight = psi[i];
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum.v[k] += weight * q.v[k];
+        cursor.advance();
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k) part[int(threadIdx.x) * V + k] = sum.v[k];
+    __syncthreads();
+    const int voxels = split.units * V, left = (count - first) * V;
+    for (int e = int(threadIdx.x); e < voxels && e < left; e += kThreads) {
+      A logit = 0;
+      for (int row = 0; row < split.rows; ++row) logit += part[row * voxels + e];
+      alpha[first * V + e] = finished(p, logit);
+    }
+    __syncthreads();
+  }
+}
+
+// alpha[need] from channels-last theta and phi.
+template <int V, class T, class A>
+__device__ void make_alpha_voxels(const Forward& p, const Tile& tile, const A* psi, A* alpha) {
+  const Chain& chain = p.chain;
+  const int inter = chain.inter, lanes = lanes_for((inter + V - 1) / V);
+  const int lane = int(threadIdx.x) & (lanes - 1), group = int(threadIdx.x) / lanes,
+            groups = kThreads / lanes;
+  Values<A, V> weight = {};  // of the first channels; in all but wide gates there are no others
+  if (lane * V < inter) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) weight.v[k] = psi[lane * V + k];
+  }
+  const int count = tile.need.voxels();
+  for (int first = 0; first < count;
+       first += groups) {  // all lanes of a warp go round as often: they exchange
+    const int v = first + group;
+    A sum = 0;
+    if (v < count) {
+      const int64_t offset = tile.need.offset(chain.coarse, v);
+      const Corners<A> corners = phi_corners<V, A>(chain, offset);
+      Cursor<T> cursor(chain, tile.sample, lane * V, offset, lanes * V);
+#pragma unroll 1
+      for (int i = lane * V; i < inter; i += lanes * V) {
+        const auto q = activated(chain.activation, cursor.template read<V>(chain, corners));
+#pragma unroll
+        for (int k = 0; k < V; ++k) sum += (i < lanes * V ? weight.v[k] : psi[i + k]) * q.v[k];
+        cursor.advance();
+      }
+    }
+    sum = sum_over_lanes(sum, 1, lanes);
+    if (v < count && lane == 0) alpha[v] = finished(p, sum);
+  }
+  __syncthreads();
+}
+
+// alpha of fine voxels [first, first + count) of the tile, interpolated once each.
+template <class A>
+__device__ void interpolate_alpha(const Tiling& tiling, const Grid& coarse, const Grid& fine,
+                                  const Tile& tile, const A* alpha, int first, int count, A* line) {
+  const Box &box = tile.fine, &need = tile.need;
+  for (int e = int(threadIdx.x); e < count; e += kThreads) {
+    const int row = (first + e) / box.w, z = row / box.h;
+    const auto corners = corners_at<A>(tiling.mode, coarse, fine, box.d0 + z, box.h0 + row - z * box.h,
+                                       box.w0 + first + e - row * box.w, need, need.h, need.w);
+    line[e] = corners.mix([&](int64_t i) { return Values<A, 1>{{alpha[i]}}; }).v[0];
+  }
+}
+
+// y = x * resize(alpha) for channels [c0, c1) of the tile, contiguous maps.
+template <int V, class T, class A>
+__device__ void weigh_rows(const Forward& p, const Tile& tile, int c0, int c1, const A* alpha, A* line) {
+  const bool resized = p.tiling.mode != Resize::identity;
+  const int count = tile.fine.voxels() / V;
+  const Split split = split_threads(count, c1 - c0, kThreads);
+  for (int first = 0; first < count; first += split.units) {
+    const int here = count - first < split.units ? count - first : split.units;
+    if (resized) {
+      interpolate_alpha(p.tiling, p.coarse, p.fine, tile, alpha, first * V, here * V, line);
+      __syncthreads();
+    }
+    if (split.unit < here) {
+      const A* from = resized ? line + split.unit * V : alpha + (first + split.unit) * V;
+      Values<A, V> a;
+#pragma unroll
+      for (int k = 0; k < V; ++k) a.v[k] = from[k];
+      const int64_t offset = tile.fine.offset(p.fine, (first + split.unit) * V);
+      const T* from_x = at<const T>(p.x, tile.sample, c0 + split.row, offset);
+      T* to_y = at<T>(p.y, tile.sample, c0 + split.row, offset);
+      const int64_t step = split.rows * p.x.channel;
+#pragma unroll 4
+      for (int c = c0 + split.row; c < c1; c += split.rows) {
+        auto x = load<V>(from_x);
+#pragma unroll
+        for (int k = 0; k < V; ++k) x.v[k] *= a.v[k];
+        store<V>(to_y, x);
+        from_x += step;
+        to_y += step;
+      }
+    }
+    if (resized) __syncthreads();  // before the next alphas overwrite these
+  }
+}
+
+// The same for channels-last maps.
+template <int V, class T, class A>
+__device__ void weigh_voxels(const Forward& p, const Tile& tile, int c0, int c1, const A* alpha, A* line) {
+  const bool resized = p.tiling.mode != Resize::identity;
+  const int lanes = lanes_for((c1 - c0 + V - 1) / V);
+  const int lane = int(threadIdx.x) & (lanes - 1), group = int(threadIdx.x) / lanes,
+            groups = kThreads / lanes;
+  const int count = tile.fine.voxels();
+  for (int first = 0; first < count; first += kThreads) {
+    const int here = count - first < kThreads ? count - first : kThreads;
+    if (resized) {
+      interpolate_alpha(p.tiling, p.coarse, p.fine, tile, alpha, first, here, line);
+      __syncthreads();
+    }
+    for (int v = group; v < here; v += groups) {
+      const A a = resized ? line[v] : alpha[first + v];
+      const int64_t offset = tile.fine.offset(p.fine, first + v);
+      const T* from_x = at<const T>(p.x, tile.sample, 0, offset);
+      T* to_y = at<T>(p.y, tile.sample, 0, offset);
+#pragma unroll 2
+      for (int c = c0 + lane * V; c < c1; c += lanes * V) {
+        auto x = load<V>(from_x + c);
+#pragma unroll
+        for (int k = 0; k < V; ++k) x.v[k] *= a;
+        store<V>(to_y + c, x);
+      }
+    }
+    if (resized) __syncthreads();
+  }
+}
+
+// alpha[need] from memory. `map` is [N, coarse].
+template <class A>
+__device__ void load_alpha(const A* map, const Grid& coarse, const Tile& tile, A* alpha) {
+  const A* from = map + tile.sample * coarse.voxels();
+  for (int v = int(threadIdx.x); v < tile.need.voxels(); v += kThreads)
+    alpha[v] = __ldg(from + tile.need.offset(coarse, v));
+  __syncthreads();
+}
+
+template <class A>
+__device__ void store_alpha(const Forward& p, const Tile& tile, const A* alpha) {
+  A* to = static_cast<A*>(p.alpha) + tile.sample * p.coarse.voxels();
+  const Box &own = tile.own, &need = tile.need;
+  for (int e = int(threadIdx.x); e < own.voxels(); e += kThreads) {
+    const int row = e / own.w, z = row / own.h, y = row - z * own.h, x = e - row * own.w;
+    const int from = ((int(own.d0 - need.d0) + z) * need.h + int(own.h0 - need.h0) + y) * need.w +
+                     int(own.w0 - need.w0) + x;
+    to[own.offset(p.coarse, e)] = alpha[from];
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kResident<T>) gate_forward(const Forward p) {
+  using A = Acc<T>;
+  constexpr int W = kWide<T>;
+  const Chain& chain = p.chain;
+  Shared shared;
+  Tile& tile = *shared.take<Tile>(1);
+  A* alpha = shared.take<A>(p.tiling.box);
+  A* part = shared.take<A>(kThreads * W);
+  A* cache = shared.take<A>(chain.inter < kCachedPsi ? chain.inter : kCachedPsi);
+  const int64_t index = int64_t(blockIdx.x) / p.slices;
+  const int slice = int(int64_t(blockIdx.x) - index * p.slices);
+  find_tile<A>(p.tiling, index, &tile);
+
+  if (chain.theta) {
+    const A* psi = cached_psi(chain, cache);
+    __syncthreads();
+    if (!chain.theta.channels_last()) {
+      if (chain.wide) {
+        make_alpha_rows<W, T>(p, tile, psi, part, alpha);
+      } else {
+        make_alpha_rows<1, T>(p, tile, psi, part, alpha);
+      }
+    } else if (chain.wide) {
+      make_alpha_voxels<W, T>(p, tile, psi, alpha);
+    } else {
+      make_alpha_voxels<1, T>(p, tile, psi, alpha);
+    }
+    if (slice == 0) store_alpha(p, tile, alpha);
+  } else {
+    load_alpha(static_cast<const A*>(p.alpha), p.coarse, tile, alpha);
+  }
+
+  if (!p.x) return;
+  const int c0 = slice * p.slice, channels = int(p.x.channels);
+  const int c1 = c0 + p.slice < channels ? c0 + p.slice : channels;
+  if (!p.x.channels_last()) {
+    if (p.wide) {
+      weigh_rows<W, T>(p, tile, c0, c1, alpha, part);
+    } else {
+      weigh_rows<1, T>(p, tile, c0, c1, alpha, part);
+    }
+  } else if (p.wide) {
+    weigh_voxels<W, T>(p, tile, c0, c1, alpha, part);
+  } else {
+    weigh_voxels<1, T>(p, tile, c0, c1, alpha, part);
+  }
+}
+
+}  // namespace attn_gate::cuda

@@ -1,0 +1,15 @@
+// Counting memory transactions: what trace.cpp does in the build for it, and nothing in all others.
+#pragma once
+#include <cstddef>
+
+namespace on_host {
+#if defined(ON_HOST_TRACE)
+void trace_block_begins();
+void trace_block_ends();
+void trace_shared(int index, const void* data, size_t bytes);
+#else
+inline void trace_block_begins() {}
+inline void trace_block_ends() {}
+inline void trace_shared(int, const void*, size_t) {}
+#endif
+}  // namespace on_host
