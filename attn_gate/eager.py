@@ -96,7 +96,7 @@ def transform(parts: Parts, y: Tensor) -> Tensor:
     if parts.W is None:
         return y
     transformed = call(parts.W, y)
-    return transformed if torch.is_autocast_enabled(y.device.type) else transformed.to(y.dtype)
+    return transformed.to(y.dtype) if reference.autocast_dtype(y) is None else transformed
 
 
 def input_of_theta(spec: GateSpec, x: Tensor, g: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def kernel_resize(mode: str) -> str:
 def call(layer: nn.Module, t: Tensor) -> Tensor:
     """layer(t) with t in the dtype of the layer's parameters, except under autocast, which casts itself."""
     parameter = next(layer.parameters(), None)
-    if parameter is not None and not torch.is_autocast_enabled(t.device.type):
+    if parameter is not None and reference.autocast_dtype(t) is None:
         t = t.to(parameter.dtype)
     return layer(t)
 

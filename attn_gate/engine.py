@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attn_gate import eager, functional, training
+from attn_gate import eager, functional, reference, training
 from attn_gate.eager import Parts
 from attn_gate.folding import FoldCache, fold_layer, has_hooks, is_foldable
 from attn_gate.spec import Fusion, GateSpec
@@ -101,7 +101,7 @@ def _chain(
     if torch.is_grad_enabled() and (theta.requires_grad or phi.requires_grad):
         # Added here the operator keeps one map of I channels for its backward pass, not two.
         theta, phi = eager.combine(spec, theta, phi), None
-    if not torch.is_autocast_enabled(x.device.type):
+    if reference.autocast_dtype(x) is None:
         theta, phi = theta.to(x.dtype), None if phi is None else phi.to(x.dtype)
     inputs = (theta, phi, *fold_layer(parts, "psi"))
     options = {

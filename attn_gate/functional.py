@@ -224,7 +224,7 @@ def moments(
     (x,) = cast(x)
     checks.check_map("x", x)
     kernel, stride = checks.checked_patches(x, kernel, stride)
-    if _autocast_dtype(x) is not None:
+    if reference.autocast_dtype(x) is not None:
         with torch.autocast(x.device.type, enabled=False):
             return moments(x, kernel, stride, backend=backend)
     if backends.choose(backend, x, operators.MOMENTS.name) != "cpu":
@@ -239,7 +239,7 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Calls the operator, or its eager twin, with autocast off: its casts are done."""
     first = tensors[0]
-    if _autocast_dtype(first) is not None:
+    if reference.autocast_dtype(first) is not None:
         with torch.autocast(first.device.type, enabled=False):
             return _run(op, backend, tensors, *options)
     namespace = backends.BACKENDS[backends.choose(backend, first, op.name)].namespace
@@ -257,18 +257,10 @@ def _run(
     return tuple(result.squeeze(2) for result in call(op, *rows, *options))
 
 
-def _autocast_dtype(t: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants on t's device; None where it is off."""
-    device = t.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None
-
-
 def cast(*maps: Any) -> tuple[Any, ...]:
     """Under autocast, maps in its dtype: outside of the operators, so that the casts are differentiated."""
     first = maps[0]
-    dtype = _autocast_dtype(first) if isinstance(first, Tensor) else None
+    dtype = reference.autocast_dtype(first) if isinstance(first, Tensor) else None
     if dtype is None:
         return maps
     castable = (torch.float32, torch.bfloat16, torch.float16)  # as PyTorch, which leaves float64 alone

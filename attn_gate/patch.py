@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from attn_gate import eager, engine
+from attn_gate import eager, engine, reference
 from attn_gate.backends import exporting_to_onnx
 from attn_gate.families import Layers, norm_kind
 from attn_gate.folding import FoldCache, has_hooks
@@ -77,11 +77,13 @@ class FusedGate:
         if (x.shape[1], g.shape[1]) != self.channels:
             return False
         weight = find_layer(gate, self.paths.theta).weight
+        if x.device != weight.device:
+            return False
         if is_traceable_wrapper_subclass(x) or is_traceable_wrapper_subclass(weight):
             return False  # a distributed tensor, say, which the operators know nothing of
         if torch.jit.is_tracing() or exporting_to_onnx():
             return False  # what others load has to hold their operators only
-        if not torch.is_autocast_enabled(x.device.type):
+        if reference.autocast_dtype(x) is None:
             if not x.dtype == g.dtype == weight.dtype:
                 return False
         elif torch.float64 in (x.dtype, g.dtype, weight.dtype):
@@ -108,12 +110,11 @@ class FusedGate:
         """The gate's results, fused; in the dtypes that its own forward would return them in."""
         spec, parts = self.found.spec, layers_of(gate, self.paths)
         options = {"backend": self.backend, "recompute": self.recompute, "cache": self.cache}
-        device = x.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        autocast = reference.autocast_dtype(x)
         if autocast is not None and parts.W is None and x.dtype != autocast:
             # The product of x and a map in autocast's dtype has the wider one of both.
             x = x.to(torch.promote_types(x.dtype, autocast))
-            with torch.autocast(device, enabled=False):
+            with torch.autocast(x.device.type, enabled=False):
                 y, alpha = engine.run(spec, parts, x, g.to(x.dtype), **options)
         else:
             y, alpha = engine.run(spec, parts, x, g, **options)

@@ -240,6 +240,14 @@ def accumulation_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants on t's device; None where it is off, or isn't known there."""
+    device = t.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def convolution(axes: int) -> Callable[..., Tensor]:
     """F.conv1d, F.conv2d or F.conv3d."""
     return _CONV[axes]

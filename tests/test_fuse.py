@@ -373,6 +373,7 @@ def test_a_model_on_the_meta_device(net):
     with torch.device("meta"):
         empty = Net().eval()
     assert len(fuse.fuse_gates(empty).fused) == 2
+    assert empty(image().to("meta")).shape == (2, 1, 9, 12)
     empty.to_empty(device="cpu").load_state_dict(net.state_dict())
     torch.testing.assert_close(empty(x := image()), net(x))
 

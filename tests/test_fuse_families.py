@@ -146,14 +146,16 @@ def compare(original, fused, case, training):
     assert not wrong, "; ".join(wrong)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "training,recompute", [(False, "auto"), (True, True), (True, False)], ids=["eval", "train", "train, kept"]
+)
 @pytest.mark.parametrize("name", CASES)
-def test_families(name, training, monkeypatch):
+def test_families(name, training, recompute, monkeypatch):
     torch.manual_seed(0)
     case = CASES[name]
     original = seasoned(case.make()).train(training)
     fused = copy.deepcopy(original)
-    report = fuse.fuse_gates(fused)
+    report = fuse.fuse_gates(fused, recompute=recompute)
     assert list(report.fused) == [""] and not report.skipped, report.skipped
     spec = patch.state_of(fused).found.spec
     assert {field: getattr(spec, field) for field in case.expected} == case.expected
@@ -230,6 +232,11 @@ class Detached(LeeGate):
         return x * self.psi(self.relu(self.W_g(g) + self.W_x(x))).detach()
 
 
+class Failing(LeeGate):
+    def forward(self, g, x):
+        return super().forward(g, x) * self.mask
+
+
 class Extra(LeeGate):
     def __init__(self):
         super().__init__(8, 6, 4)
@@ -262,6 +269,7 @@ class Grouped(LeeGate):
         (Extra, "more parameters or buffers than its family: scale"),
         (lambda: OtherCall(8, 6, 4), "not two maps"),
         (Grouped, "W_g.0 is grouped"),
+        (lambda: Failing(8, 6, 4), "its forward fails on two maps: AttributeError"),
     ],
 )
 def test_gates_of_other_graphs_are_left_alone(make, reason):
