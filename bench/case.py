@@ -14,9 +14,10 @@ from attn_gate.judge import Judge, Judgement, worst
 from .gates import GATES, has_norms, randomise_norms
 from .registry import Config
 
-# Pre-activations nearer to 0 than this are redrawn: there rounding decides relu's derivative. Not for 16-bit
+# Pre-activations nearer to 0 than this are moved: there rounding decides relu's derivative. Not for 16-bit
 # types, where rounding decides too many of them, for eager PyTorch too: its error there is the measure.
 _MARGIN = 1e-5
+_MOVE = 1e-3  # small enough to leave batch statistics where they are to well within the margin
 
 
 class Case:
@@ -85,8 +86,11 @@ class Case:
         self.module.to(self.device)
 
     def _leave_the_kink(self) -> None:
-        """Redraw the voxels of x whose pre-activation is next to 0, in training and in eval mode."""
+        """Move the voxels of x whose pre-activation is next to 0, in training or in eval mode."""
         double = copy.deepcopy(self.module).double()
+        for norm in double.modules():
+            if hasattr(norm, "momentum"):
+                norm.momentum = 0.0  # else each look in training mode would change eval mode
         close: list[Tensor] = []
         double.relu.register_forward_pre_hook(
             lambda module, args: close.append((args[0].abs() < _MARGIN).any(1).nonzero())
@@ -101,8 +105,8 @@ class Case:
                 if not len(sample):
                     return
                 voxel = [i * self.config.ratio for i in voxel]
-                new = torch.randn((len(sample), self.config.channels), generator=self._generator)
-                x[(sample, slice(None), *voxel)] = new.to(x)
+                move = _MOVE * torch.randn((len(sample), self.config.channels), generator=self._generator)
+                x[(sample, slice(None), *voxel)] += move.to(x)
 
 
 def results_of(
