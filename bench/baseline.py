@@ -15,6 +15,7 @@ from .results import Results, Row
 
 # Changes below this are never called changes: builds of the same source differ as much.
 LEAST = 0.05
+_ORDER = ("slower", "faster", "unclear", "same")
 _STYLES = {"slower": "bold red", "faster": "green", "same": "dim", "unclear": "yellow"}
 
 
@@ -49,7 +50,23 @@ def compare(new: Results, old: Results) -> dict[str, Any]:
                 "verdict": _verdict(change, noise),
             }
         )
-    return {"baseline": old.started, "drift": math.expm1(drift), "others": len(others), "rows": rows}
+    rows.sort(key=lambda row: _ORDER.index(row["verdict"]))
+    return {
+        "baseline": old.started,
+        "threads": new.machine["threads"],
+        "drift": math.expm1(drift),
+        "others": len(others),
+        "rows": rows,
+    }
+
+
+def title(row: dict[str, Any], threads: int) -> str:
+    """What a row of a comparison is about; without what goes without saying in a run on so many threads."""
+    parts = [row["config"], row["mode"]]
+    parts += [row["dtype"]] if row["dtype"] != "float32" else []
+    parts += [row["provider"].partition("-")[2]] if row["provider"] != "attn_gate" else []
+    parts += [f"{row['threads']} threads"] if row["threads"] != threads else []
+    return " ".join(parts)
 
 
 def is_ours(row: Row) -> bool:
@@ -80,7 +97,7 @@ def tables(compared: dict[str, Any] | None) -> Iterator[Table | Text]:
     for name in ("", "before, ms", "now, ms", "change of time", "noise", "verdict"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in compared["rows"]:
-        name = f"{row['config']} {row['mode']} {row['dtype']} {row['provider']}"
+        name = title(row, compared["threads"])
         change, noise = f"{row['change']:+.1%}", f"±{row['noise']:.1%}"
         verdict = Text(row["verdict"], style=_STYLES[row["verdict"]])
         table.add_row(name, f"{row['before_ms']:.2f}", f"{row['now_ms']:.2f}", change, noise, verdict)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from attn_gate.page.theme import Theme
 
@@ -126,6 +126,8 @@ def roofline(results: Results, theme: Theme) -> Figure | None:
         axes.plot([p[1] for p in its], [p[2] for p in its], marker, ms=4, mec=theme.page, mew=0.5,
                   color=colour(provider, theme), label=provider)  # fmt: skip
     axes.set_ylabel("GFLOP/s")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylim(top=peak * 2)
     axes.legend(loc="lower right")
     return figure
@@ -164,7 +166,8 @@ def scaling(results: Results, theme: Theme, family: str, mode: str) -> Figure | 
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("ms")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.legend(loc="upper left")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside lower center", ncols=4, columnspacing=1.0, handlelength=1.4, fontsize=8)
     return figure
 
 

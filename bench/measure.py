@@ -121,7 +121,7 @@ def _count_memory(program: Program, device: Device, rows: list[Row]) -> None:
     kept = None if program.forward is None else kept_bytes(program.forward, program.held)
     for row in rows:
         row.kept_bytes = kept
-        if program.counts_peak:
+        if program.counts_peak and row.mode != "backward":  # it frees what was allocated before
             work = program.works[row.mode]
             work.prepare()
             row.peak_bytes = device.peak_bytes(work.call)

@@ -78,17 +78,17 @@ def quick() -> list[Group]:
 def full() -> list[Group]:
     """Under a quarter of an hour on two cores."""
     gates, sweeps, networks = _of("gate"), _of("sweep"), _of("network")
-    finest = ("same-256", "paper-256", "lee-256", "monai-96", "oktay-80", "keras-256")
+    finest = ("same-256", "lee-256", "monai-96")
     memory_bound = ("same-256", "same-128", "paper-256", "same3d-96")
     ends = ("same-256", "same-32")
     counts = tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n < torch.get_num_threads())
     return [
-        Group(gates, gates, Patience(21, 5, 1.5), modes=tuple(MODES), providers=_ALL),
+        Group(gates, gates, Patience(21, 5, 1.0), modes=tuple(MODES), providers=_ALL),
         Group(memory_bound, gates, Patience(15, 5, 1.0), dtypes=("bfloat16",)),
         Group(sweeps, sweeps, Patience(15, 5, 1.0), providers=(*_PAIR, "limit")),
         *([Group(ends, gates, Patience(15, 5, 1.0), thread_counts=counts)] if counts else []),
         Group(finest, gates, None, providers=(*_PAIR, "onnxruntime"), memory=True),
-        Group(networks, networks, Patience(5, 2, 12.0),
+        Group(networks, networks, Patience(5, 2, 6.0),
               providers=("attn_gate", "attn_gate-compile", "eager", "compile")),
     ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 from attn_gate.page import document as page
 from attn_gate.page.theme import Drawn
 
-from . import machine, modelled, tables
+from . import baseline, machine, modelled, tables
 from .charts import FIGURES
 from .providers import PROVIDERS
 from .results import Results
@@ -149,24 +149,20 @@ def _scaling(figures: Figures) -> str:
 def _compared(compared: dict[str, Any] | None) -> str:
     if compared is None:
         return ""
-    rows = [
-        (
-            "",
-            f"{row['config']} {row['mode']} {row['dtype']} {row['provider']}",
-            [
-                f"{row['before_ms']:.2f} ms",
-                f"{row['now_ms']:.2f} ms",
-                f"{row['change']:+.1%}",
-                f"±{row['noise']:.1%}",
-                row["verdict"],
-            ],
-        )
-        for row in compared["rows"]
-    ]
+    rows: list[tuple[str, str, list[str]]] = []
+    before = None
+    for row in compared["rows"]:
+        if row["verdict"] != before:
+            rows.append(("", row["verdict"], []))
+        before = row["verdict"]
+        change = f"{row['change']:+.1%} ±{row['noise']:.1%}"
+        cells = [change, f"{row['before_ms']:.2f} → {row['now_ms']:.2f}"]
+        rows.append(("", baseline.title(row, compared["threads"]), cells))
     text = f"""What isn't attn_gate's takes {compared["drift"]:+.0%} time ({compared["others"]} rows, median):
     that is the machine, and is taken off the changes below."""
-    head = ["", "before", "now", "change of time", "noise", "verdict"]
-    return page.section(f"Since {escape(compared['baseline'])}", text, page.table(head, rows) if rows else "")
+    since = escape(compared["baseline"][:16].replace("T", " "))
+    table = page.table(["", "change of time", "ms"], rows) if rows else ""
+    return page.section(f"Since {since}", text, table)
 
 
 def _problems(results: Results) -> str:
