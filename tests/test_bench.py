@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,16 @@ class TestRun:
         after = {row["config"]: row for row in load(tmp_path)["rows"]}
         assert set(after) == {"same-8", "paper-8", "lee-8"}
         assert after["same-8"] == before["same-8"] and after["paper-8"] != before["paper-8"]
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_over_the_same_registry():
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    chosen = ["-k", "size-32-inference and (attn_gate or limit)"]
+    done = subprocess.run([*command, *chosen], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
 
 
 class TestArguments:
