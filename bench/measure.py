@@ -23,7 +23,7 @@ CALLS = 3
 # Worker threads that aren't PyTorch's spin for a while after their call and take a core from the next one.
 PAUSE_S = 0.03
 
-OnProgress = Callable[[str, float], None]  # what is done, and which part of the mode's work is done by now
+OnProgress = Callable[[str, float], None]  # what is done, and which part of the case's work is done by now
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def measure_case(
         wanted = [mode for mode in modes if (mode in TRAINING) == training]
         if not wanted:
             continue
+        # Of all that this case has to do, the part that is done before; a third of the rest is checks.
+        start, share = (0.0 if not training else 1 - len(wanted) / len(modes)), len(wanted) / len(modes)
         programs: dict[str, Program] = {}
         rows: dict[tuple[str, str], Row] = {}
         try:
@@ -63,16 +65,16 @@ def measure_case(
                 its = {m: new_row(case, m, name) for m in wanted if m in provider.modes}
                 if not its:
                     continue
-                on_progress(f"check {provider.title}", 0.3 * number / len(providers))
+                on_progress(f"check {provider.title}", start + share / 3 * number / len(providers))
                 program = prepare(case, training, provider, device, list(its.values()))
                 rows.update(((m, name), row) for m, row in its.items())
                 if program is not None:
                     programs[name] = program
-            for mode in wanted:
+            for number, mode in enumerate(wanted):
                 works = {n: (p.works[mode], p.own_threads) for n, p in programs.items() if (mode, n) in rows}
                 times = {n: rows[mode, n].times_ms for n in works}
                 for part in interleave(works, device, patience, times):
-                    on_progress(mode, 0.3 + 0.7 * part)
+                    on_progress(mode, start + share / 3 * (1 + 2 * (number + part) / len(wanted)))
         finally:
             on_rows([row for row in rows.values() if row.status != "measured" or row.times_ms])
 

@@ -34,7 +34,8 @@ class Run:
         self.console = console
         columns = BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()
         self._progress = Progress(*columns, console=console)
-        self._live = Live(self._progress, console=console, transient=True, refresh_per_second=4)
+        # Refreshed between measurements: a thread that does so would be in some of the times.
+        self._live = Live(self._progress, console=console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> Run:
         self._live.start()
@@ -56,6 +57,7 @@ class Run:
 
             def advance(what: str, part: float, number: int = number, job: Job = job) -> None:
                 self._progress.update(task, completed=number + part, description=f"{job.config.name}: {what}")
+                self._live.refresh()
 
             self.results.configs.setdefault(job.config.name, job.config)
             advance("inputs", 0.0)

@@ -31,7 +31,7 @@ from attn_gate.bench import (
     traffic,
 )
 from attn_gate.bench.case import Case
-from attn_gate.bench.device import Device
+from attn_gate.bench.device import CudaDevice, Device
 from attn_gate.bench.memory import allocated_peak, kept_bytes, resident_growth
 from attn_gate.bench.providers import PROVIDERS, Program, Provider, Work, module_program
 from attn_gate.bench.registry import CONFIGS, MODES, Config, NetworkConfig, select
@@ -455,6 +455,48 @@ class TestNetworks:
         monkeypatch.setitem(networks.NETWORKS, "oktay", make)
         assert bench(tmp_path) == 0
         assert "unavailable: pip install nets" in capsys.readouterr().out
+
+
+class TestCudaDevice:
+    """Which calls it makes, in which order; a GPU's own answers need one."""
+
+    @pytest.fixture
+    def log(self, monkeypatch):
+        log = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            record = lambda self: log.append("record")
+            synchronize = lambda self: log.append("wait")
+            elapsed_time = lambda self, end: 1.25
+
+        memory = iter((100, 900))  # allocated before, at the peak
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: log.append("reset"))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(memory))
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(memory))
+        return log
+
+    def test_the_cache_is_flushed_and_only_the_call_is_timed(self, log):
+        gpu = object.__new__(CudaDevice)
+        gpu._flush = type("Buffer", (), {"zero_": lambda self: log.append("flush")})()
+        assert gpu.time_ms(lambda: log.append("prepare"), lambda: log.append("call")) == 1.25
+        assert log == ["prepare", "synchronize", "flush", "record", "call", "record", "wait"]
+
+    def test_the_peak_is_beyond_what_was_there(self, log):
+        assert object.__new__(CudaDevice).peak_bytes(lambda: log.append("call")) == 800
+        assert log == ["synchronize", "reset", "call", "synchronize"]
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_on_a_gpu(self, tmp_path):
+        names = "attn_gate,attn_gate-cuda,attn_gate-triton,eager,limit"
+        assert bench(tmp_path, "--device", "cuda", "--provider", names) == 0
+        rows = load(tmp_path)["rows"]
+        assert {row["status"] for row in rows if row["provider"] in ("attn_gate", "eager")} == {"measured"}
 
 
 class TestMemory:
