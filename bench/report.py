@@ -89,7 +89,7 @@ def _speed(grids: list[tables.Grid], figures: Figures) -> str:
         "How fast?",
         """Each line is one gate: one level of one network, finest first. To the right of 1 is faster than
         eager PyTorch. Fine levels are bound by memory, and there fusion pays; deep ones by arithmetic.""",
-        _panels(captions, figures) + "".join(_table(grid) for grid in grids[:3]),
+        _panels(captions, figures) + "".join(_table(grid) for grid in grids if "MiB" not in grid.title),
     )
 
 
@@ -113,7 +113,7 @@ def _memory(results: Results, grids: list[tables.Grid], figures: Figures) -> str
         "memory_peak": """The most that tensors made in forward and backward hold at one time, gradients
         included. <b>Logarithmic.</b>""",
     }
-    content = _panels(captions, figures) + "".join(_table(grid) for grid in grids[3:])
+    content = _panels(captions, figures) + "".join(_table(grid) for grid in grids if "MiB" in grid.title)
     if results.fits:
         rows = [
             (

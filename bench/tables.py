@@ -51,10 +51,22 @@ def grids(results: Results) -> Iterator[Grid]:
         copy = results.machine.get("copy_gbps")
         return "" if row.gbps is None or not copy else f"{row.gbps:.1f} ({100 * row.gbps / copy:.0f} %)"
 
+    def over_float32(row: Row) -> str:
+        full = results.find(row.config, row.mode, row.provider, threads=row.threads)
+        if row.dtype == "float32" or full is None or not row.times_ms:
+            return ""
+        return f"{full.median_ms / row.median_ms:.2f}x"
+
+    def over_one_thread(row: Row) -> str:
+        one = results.find(row.config, row.mode, row.provider, dtype=row.dtype, threads=1)
+        return f"{one.median_ms / row.median_ms:.2f}x" if one and row.times_ms and row.threads > 1 else ""
+
     whole = (
         (f"Milliseconds, median, {threads} threads{note}", milliseconds),
         (f"How many times faster {OURS} is, and its time relative to the memory limit", speedup),
         ("GB/s: bytes that must move over the time (and of this machine's copy bandwidth)", bandwidth),
+        ("How many times faster than in float32", over_float32),
+        ("How many times faster than on one thread", over_one_thread),
         ("MiB kept by autograd between forward and backward, beyond x, g and parameters",
          lambda row: mebibytes(row.kept_bytes) if row.mode in ("step", "forward") else ""),
         ("MiB allocated at the peak of one call, its results included",

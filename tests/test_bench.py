@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from attn_gate.bench import (
     outputs,
     plan,
     resident,
+    tables,
     traffic,
 )
 from attn_gate.bench.case import Case
@@ -464,16 +467,12 @@ class TestCudaDevice:
     def log(self, monkeypatch):
         log = []
 
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            record = lambda self: log.append("record")
-            synchronize = lambda self: log.append("wait")
-            elapsed_time = lambda self, end: 1.25
+        def event(enable_timing):
+            calls = {name: partial(log.append, name) for name in ("record", "synchronize")}
+            return SimpleNamespace(**calls, elapsed_time=lambda end: 1.25)
 
         memory = iter((100, 900))  # allocated before, at the peak
-        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "Event", event)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: log.append("reset"))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(memory))
@@ -482,9 +481,9 @@ class TestCudaDevice:
 
     def test_the_cache_is_flushed_and_only_the_call_is_timed(self, log):
         gpu = object.__new__(CudaDevice)
-        gpu._flush = type("Buffer", (), {"zero_": lambda self: log.append("flush")})()
+        gpu._flush = SimpleNamespace(zero_=partial(log.append, "flush"))
         assert gpu.time_ms(lambda: log.append("prepare"), lambda: log.append("call")) == 1.25
-        assert log == ["prepare", "synchronize", "flush", "record", "call", "record", "wait"]
+        assert log == ["prepare", "synchronize", "flush", "record", "call", "record", "synchronize"]
 
     def test_the_peak_is_beyond_what_was_there(self, log):
         assert object.__new__(CudaDevice).peak_bytes(lambda: log.append("call")) == 800
@@ -606,6 +605,17 @@ class TestOutputs:
             "Interrupted",
         ):
             assert said in text
+
+    def test_16_bit_types_and_threads_are_compared_with_float32_and_one_thread(self):
+        results = made_up_results()
+        half = copy.deepcopy(results.find("same-256", "step", "attn_gate"))
+        half.dtype, half.times_ms = "bfloat16", [half.median_ms / 1.6]
+        results.add([half])
+        found = {grid.title: grid for grid in tables.grids(results)}
+        (line,) = found["How many times faster than in float32"].lines
+        assert line == ("step, bfloat16", "same-256", ["1.60x"])
+        lines = found["How many times faster than on one thread"].lines
+        assert ("step", "same-256", ["2.00x"] * 5) in lines
 
     def test_the_markdown_table_has_the_numbers(self, folder):
         lines = (folder / "table.md").read_text().splitlines()
