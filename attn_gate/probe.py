@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ def bind_names(gate: nn.Module) -> tuple[str, str]:
 def _probe(family: GateFamily, structure: Structure, gate: nn.Module) -> Found:
     names = bind_names(gate)
     generator = torch.Generator().manual_seed(0)
-    twin = _twin(gate, structure.spec.spatial_dims, generator, {})
+    twin = _twin(gate, structure.spec.spatial_dims, generator)
     failures, ran = [], False
     for x_first in (False, True):
         cases, failure = [], ""
@@ -224,7 +225,7 @@ def _difference(
 
 def _step(run: Callable, twin: nn.Module, x: Tensor, g: Tensor, training: bool) -> Results:
     """Results, gradients and buffers of one step of a fresh copy."""
-    net = _twin(twin, 0, None, {}).train(training)
+    net = _twin(twin).train(training)
     x, g = x.clone().requires_grad_(), g.clone().requires_grad_()
     outputs = run(net, x, g)
     # Weights that no symmetry of the results cancels.
@@ -252,31 +253,48 @@ def _same(found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...])
     return True
 
 
-def _twin(module: nn.Module, axes: int, generator: torch.Generator | None, memo: dict[int, Any]) -> nn.Module:
+def _twin(gate: nn.Module, axes: int = 0, generator: torch.Generator | None = None) -> nn.Module:
     """A copy without hooks: of the values without a generator, else with random values in float64."""
+    memo: dict[int, Any] = {}
+    twin = _copied_module(gate, axes, generator, memo)
+    for module in twin.modules():
+        for name, value in module.__dict__.items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                module.__dict__[name] = _of_twin(value, memo)
+    return twin
+
+
+def _copied_module(
+    module: nn.Module, axes: int, generator: torch.Generator | None, memo: dict[int, Any]
+) -> nn.Module:
     if id(module) in memo:
         return memo[id(module)]
     twin = memo[id(module)] = type(module).__new__(type(module))
-    state = {k: _attribute(v) for k, v in module.__dict__.items()}
+    twin.__dict__.update(module.__dict__)
     for name in _HOOKS:
-        state[name] = type(state[name])()
-    twin.__dict__.update(state)
+        twin.__dict__[name] = type(module.__dict__[name])()
     if isinstance(module, nn.SyncBatchNorm):  # which takes no CPU tensors, and would wait for other processes
         twin.__class__ = _BATCH_NORMS[axes]
     twin._parameters = {k: _copied(p, k, generator, memo) for k, p in module._parameters.items()}
     twin._buffers = {k: _copied(b, k, generator, memo) for k, b in module._buffers.items()}
     twin._modules = {
-        k: child if child is None else _twin(child, axes, generator, memo)
+        k: child if child is None else _copied_module(child, axes, generator, memo)
         for k, child in module._modules.items()
     }
     return twin
 
 
-def _attribute(value: Any) -> Any:
-    """A copy of what the forward may change or compute with."""
+def _of_twin(value: Any, memo: dict[int, Any]) -> Any:
+    """An attribute with what it holds of the gate replaced by the twin's: methods, layers, tensors."""
+    if isinstance(value, types.MethodType) and id(value.__self__) in memo:
+        return types.MethodType(value.__func__, memo[id(value.__self__)])
+    if isinstance(value, (nn.Module, Tensor)) and id(value) in memo:
+        return memo[id(value)]
     if isinstance(value, Tensor) and value.is_floating_point() and value.device.type != "meta":
         return value.detach().to("cpu", torch.float64)
-    return value.copy() if isinstance(value, (dict, list, set)) else value
+    if type(value) in (list, tuple, set):
+        return type(value)(_of_twin(v, memo) for v in value)
+    return {k: _of_twin(v, memo) for k, v in value.items()} if type(value) is dict else value
 
 
 def _copied(t: Tensor | None, name: str, generator: torch.Generator | None, memo: dict[int, Any]) -> Any:

@@ -122,6 +122,7 @@ class GridGate(nn.Module):
         conv = CONV[dims]
         padding = 0 if kernel is None else (kernel - 1) // 2
         self.dims, self.mode, self.align_corners = dims, mode, align_corners
+        self.operation_function = self._concatenation  # a bound method among the attributes, as theirs
         self.W = nn.Sequential(
             conv(in_channels, in_channels, 1),
             BATCH[dims](in_channels) if output_norm == "batch" else INSTANCE[dims](in_channels, affine=True),
@@ -136,6 +137,9 @@ class GridGate(nn.Module):
         return F.interpolate(t, size=size, mode=LINEAR[self.dims], align_corners=self.align_corners)
 
     def forward(self, x, g):
+        return self.operation_function(x, g)
+
+    def _concatenation(self, x, g):
         theta = self.theta(x)
         f = theta + self.resize(self.phi(g), theta.shape[2:])
         f = F.softplus(f) if self.mode == "concatenation_debug" else F.relu(f, inplace=True)

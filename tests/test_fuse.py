@@ -397,6 +397,31 @@ def test_shared_gates_and_shared_layers(runs):
     assert len(runs) == 1
 
 
+class Listed(LeeGate):
+    """Holds its layers in plain lists too, and a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__(6, 3, 2)
+        self.layers = {"projections": [self.W_g, self.W_x], "rest": (self.relu, self.psi)}
+        self.one = torch.ones(())
+
+    def forward(self, g, x):
+        w_g, w_x = self.layers["projections"]
+        relu, psi = self.layers["rest"]
+        return x * psi(relu(w_g(g) + w_x(x))) * self.one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", [Listed, lambda: GridGate(3, 6)])
+def test_the_probe_runs_a_twin_whatever_the_gate_holds(make, dtype, runs):
+    gate = seasoned(make()).to(dtype)  # in training mode: a run of it would show in its statistics
+    if isinstance(gate, Listed):
+        gate.one = gate.one.to(dtype)
+    before = snapshot(gate)
+    assert fuse.fuse_gates(gate).fused
+    same(before, snapshot(gate))
+
+
 class Mine(nn.Module):
     """A gate with names that nobody else has."""
 
