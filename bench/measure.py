@@ -14,6 +14,7 @@ import torch
 
 from . import traffic
 from .device import Device
+from .memory import kept_bytes
 from .providers import PROVIDERS, TRAINING, AnyCase, Program, Provider, Work
 from .registry import Config
 from .results import Row
@@ -118,8 +119,6 @@ def prepare(
 
 
 def _count_memory(program: Program, device: Device, rows: list[Row]) -> None:
-    from .memory import kept_bytes
-
     kept = None if program.forward is None else kept_bytes(program.forward, program.held)
     for row in rows:
         row.kept_bytes = kept

@@ -84,10 +84,10 @@ def full() -> list[Group]:
     counts = tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n < torch.get_num_threads())
     return [
         Group(gates, gates, Patience(21, 5, 1.0), modes=tuple(MODES), providers=_ALL),
-        Group(memory_bound, gates, Patience(15, 5, 1.0), dtypes=("bfloat16",)),
+        Group(memory_bound, memory_bound, Patience(15, 5, 1.0), dtypes=("bfloat16",)),
         Group(sweeps, sweeps, Patience(15, 5, 1.0), providers=(*_PAIR, "limit")),
-        *([Group(ends, gates, Patience(15, 5, 1.0), thread_counts=counts)] if counts else []),
-        Group(finest, gates, None, providers=(*_PAIR, "onnxruntime"), memory=True),
+        *([Group(ends, ends, Patience(15, 5, 1.0), thread_counts=counts)] if counts else []),
+        Group(finest, finest, None, providers=(*_PAIR, "onnxruntime"), memory=True),
         Group(networks, networks, Patience(5, 2, 6.0),
               providers=("attn_gate", "attn_gate-compile", "eager", "compile")),
     ]  # fmt: skip
