@@ -16,6 +16,8 @@ from .networks import NETWORKS
 from .providers import AnyCase
 from .registry import AnyConfig, NetworkConfig
 
+LIMIT = 4
+
 
 def make_case(config: AnyConfig, dtype: str, device: str) -> AnyCase:
     """The case of this config.
@@ -31,9 +33,9 @@ class NetworkCase:
     """A network in its dtype, a batch of images, and the gradient of its logits; seeded.
 
     Judged by the relative error (norm of the difference over the norm) of the logits, and for training also
-    of all gradients of parameters together: at most twice that of eager PyTorch plus 8 ulp, against float64.
-    Not by the largest difference, as gates are: in a deep network rounding turns the choice of some ReLU or
-    max pool in every run, in another place in each.
+    of all gradients of parameters together: at most LIMIT times that of eager PyTorch plus 8 ulp, against
+    float64. Less strictly than gates alone are: in a deep network rounding turns the choice of some ReLU or
+    max pool in every run, in another place in each, so that two eager runs differ as much (4e-3 at MONAI's).
     """
 
     input_names = ("image",)
@@ -79,7 +81,7 @@ class NetworkCase:
         few_ulp = 8 * torch.finfo(self.slope.dtype).eps
         found = _together(results)
         judged = [
-            Judgement(name, _distance(found[name], t), 2 * errors[name] + few_ulp)
+            Judgement(name, _distance(found[name], t), LIMIT * errors[name] + few_ulp)
             for name, t in exact.items()
         ]
         return max(judged, key=lambda judgement: judgement.ratio)
