@@ -7,6 +7,7 @@ which tries the values of OPTIONS against the gate's own forward. A class name i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,6 +129,30 @@ def has_layers(family: GateFamily, module: nn.Module) -> bool:
     """Whether the module has layers by the names of this family."""
     paths = (family.x, family.g, family.psi)
     return all(isinstance(find(module, path), nn.Module) for path in paths)
+
+
+def guess_families(module: nn.Module) -> Iterator[GateFamily]:
+    """What the layers of a module might be if it is a gate by other names: the long tail of copies.
+
+    Two children that project to as many channels, one that makes one map of those, and perhaps one more behind
+    the product; which is which, where shapes leave that open, is for `attn_gate.probe` to find.
+    """
+    stems: dict[str, nn.Module] = {}
+    if not 3 <= len(module._modules) <= 8:
+        return
+    for name, child in module.named_children():
+        found = [layer for _, layer in leaves(child) if any(True for _ in layer.parameters())]
+        if found and (len(found) > 2 or not isinstance(found[0], tuple(CONVOLUTIONS.values()))):
+            return
+        if found:
+            stems[name] = found[0]
+    if len(stems) not in (3, 4):
+        return
+    for x, g, psi, *out in itertools.permutations(stems):
+        projections = stems[x].out_channels, stems[g].out_channels
+        if stems[psi].out_channels == 1 and projections == (stems[psi].in_channels,) * 2:
+            if not out or stems[out[0]].in_channels == stems[out[0]].out_channels == stems[x].in_channels:
+                yield GateFamily(name="by its layers", x=x, g=g, psi=psi, out=out[0] if out else None)
 
 
 def read_structure(family: GateFamily, module: nn.Module) -> Structure:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from attn_gate import backends, checks, engine, families, patch
+from attn_gate import backends, checks, engine, families, patch, training
 from attn_gate.module import AttentionGate
-from attn_gate.probe import probe
+from attn_gate.probe import Found, probe
 from attn_gate.spec import Fusion
 
 _PLANS = {
@@ -49,8 +49,17 @@ class GateEntry:
         state = patch.state_of(self.module)
         if state is None or self.reason:
             return ""
-        fusion = self._fusion(state)
+        fusion, spec = self._fusion(state), state.found.spec
+        layers = patch.layers_of(self.module, state.paths)
         text = _PLANS[fusion.plan] + (f" ({fusion.reason})" if fusion.reason else "")
+        norms = [norm for norm in (layers.theta_norm, layers.phi_norm) if training.takes(norm)]
+        if (
+            fusion.plan.startswith("chain")
+            and norms
+            and state.recompute is not False
+            and spec.spatial_dims > 1
+        ):
+            text += "; where maps are large, the projections and their norms too"
         if not self.module.training and state.found.training:
             text += f"; left alone in training mode: there {state.found.training}"
         return text
@@ -150,19 +159,15 @@ def fuse_gates(model: nn.Module, backend: str = "auto", *, recompute: str | bool
     checks.check_choice("backend", backend, ("auto", *backends.BACKENDS))
     checks.check_recompute(recompute)
     unfuse_gates(model)
-    found = [
-        (name, module, family)
-        for name, module in model.named_modules()
-        if not isinstance(module, AttentionGate)
-        for family in [_family_of(module)]
-        if family is not None
-    ]
-    for name, module, _ in found:
-        parameter = next(module.parameters(), None)
-        if backend != "auto" and parameter is not None and parameter.device.type != "meta":
+    gates = [(name, m) for name, m in model.named_modules() if not isinstance(m, AttentionGate)]
+    entries = [entry for name, module in gates if (entry := _examine(name, module, backend, recompute))]
+    for entry in entries:
+        parameter = next(entry.module.parameters())
+        if backend != "auto" and parameter.device.type != "meta":
             if reason := backends.BACKENDS[backend].why_not(parameter.device, parameter.dtype):
-                raise ValueError(f"backend is {backend!r}, which can't be used for {name}: {reason}")
-    return FusionReport(tuple(_fuse(name, module, backend, recompute) for name, module, _ in found))
+                unfuse_gates(model)
+                raise ValueError(f"backend is {backend!r}, which can't be used for {entry.name}: {reason}")
+    return FusionReport(tuple(entries))
 
 
 def unfuse_gates(model: nn.Module) -> int:
@@ -179,27 +184,16 @@ def unfuse_gates(model: nn.Module) -> int:
     return len(gates)
 
 
-def _family_of(module: nn.Module) -> families.GateFamily | None:
-    return next((family for family in families.FAMILIES if families.has_layers(family, module)), None)
+def _examine(name: str, module: nn.Module, backend: str, recompute: str | bool) -> GateEntry | None:
+    """Fuses the module, as the first family with such layers whose description agrees with it.
 
-
-def _fuse(name: str, module: nn.Module, backend: str, recompute: str | bool) -> GateEntry:
-    """Fuses the module, as the first family with such layers whose description agrees with it."""
+    None for what is no gate: nothing has such layers, or what might be a gate by other names isn't one.
+    """
     reasons = []
-    for family in families.FAMILIES:
-        if not families.has_layers(family, module):
-            continue
+    known = [family for family in families.FAMILIES if families.has_layers(family, module)]
+    for family in known or families.guess_families(module):
         try:
-            if isinstance(module, torch.jit.ScriptModule):
-                raise families.Unreadable("it is compiled by TorchScript: fuse before scripting")
-            if "forward" in module.__dict__:
-                raise families.Unreadable("its forward was replaced on the instance")
-            if any(hasattr(p, "device_mesh") for p in module.parameters()):
-                raise families.Unreadable("its parameters are sharded: call fuse_gates before fully_shard")
-            structure = families.read_structure(family, module)
-            found = probe(family, structure, module)
-            if found.spec.fusion().plan == "eager":
-                raise families.Unreadable(found.spec.fusion().reason)
+            structure, found = _understand(family, module)
         except families.Unreadable as error:
             reasons.append((family.name, str(error)))
             continue
@@ -214,7 +208,26 @@ def _fuse(name: str, module: nn.Module, backend: str, recompute: str | bool) -> 
         )
         patch.patch(module, state)
         return GateEntry(name, family.name, module)
-    return GateEntry(name, reasons[0][0], module, reasons[0][1])
+    return GateEntry(name, reasons[0][0], module, reasons[0][1]) if known else None
+
+
+def _understand(family: families.GateFamily, module: nn.Module) -> tuple[families.Structure, Found]:
+    """What the layers of the module show, and what it computes.
+
+    Raises:
+        Unreadable: it isn't a gate that can be fused.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise families.Unreadable("it is compiled by TorchScript: fuse before scripting")
+    if "forward" in module.__dict__:
+        raise families.Unreadable("its forward was replaced on the instance")
+    if any(hasattr(p, "device_mesh") for p in module.parameters()):
+        raise families.Unreadable("its parameters are sharded: call fuse_gates before fully_shard")
+    structure = families.read_structure(family, module)
+    found = probe(family, structure, module)
+    if found.spec.fusion().plan == "eager":
+        raise families.Unreadable(found.spec.fusion().reason)
+    return structure, found
 
 
 def _escaped(text: str) -> str:

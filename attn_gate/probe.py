@@ -79,7 +79,10 @@ def bind_names(gate: nn.Module) -> tuple[str, str]:
 def _probe(family: GateFamily, structure: Structure, gate: nn.Module) -> Found:
     names = bind_names(gate)
     generator = torch.Generator().manual_seed(0)
-    twin = _twin(gate, structure.spec.spatial_dims, generator)
+    try:
+        twin = _twin(gate, structure.spec.spatial_dims, generator)
+    except Exception as error:
+        raise Unreadable(f"no twin of it can be made to try: {type(error).__name__}: {error}") from None
     failures, ran = [], False
     for x_first in (False, True):
         cases, failure = [], ""

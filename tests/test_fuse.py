@@ -436,9 +436,10 @@ class Mine(nn.Module):
 def test_a_registered_family(runs, monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", list(families.FAMILIES))
     gate = Mine(3)
-    assert not fuse.fuse_gates(gate).gates
+    assert fuse.fuse_gates(gate).gates[0].family == "by its layers"
     attn_gate.register_family(attn_gate.GateFamily(name="mine", x="skip", g="gating", psi="score"))
     x, g = torch.randn(2, 6, 3, 4, 5), torch.randn(2, 8, 3, 4, 5)
+    fuse.unfuse_gates(gate)
     expected = gate(x, g)
     report = fuse.fuse_gates(gate)
     assert report.gates[0].family == "mine"
@@ -467,6 +468,7 @@ def test_the_report_is_live_and_prints(net):
     assert report.fused["lee"] == "whole gate, one operator"
     net.train()
     assert "batch norm" in report.fused["lee"] and report.fused["grid"] == "whole gate, one operator"
+    assert report.fused["lee"].endswith("where maps are large, the projections and their norms too")
     net.grid.psi.register_forward_hook(lambda *args: None)
     text = " ".join(str(report).split())
     assert "1 of 2 attention gates run fused" in text

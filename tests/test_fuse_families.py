@@ -207,6 +207,53 @@ def test_a_gate_that_differs_in_training_mode_is_fused_in_eval_mode_only():
     assert not report.fused and "in training mode its results differ" in report.skipped[""]
 
 
+class Renamed(nn.Module):
+    """A gate of the usual form with other names; x is what comes second, the product is transformed."""
+
+    def __init__(self, transformed):
+        super().__init__()
+        self.score = nn.Sequential(nn.Conv2d(4, 1, 1, bias=False), nn.BatchNorm2d(1))
+        self.from_below = nn.Sequential(nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.from_side = nn.Sequential(nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.act = nn.LeakyReLU()
+        if transformed:
+            self.last = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+
+    def forward(self, below, side):
+        alpha = torch.sigmoid(self.score(self.act(self.from_below(below) + self.from_side(side))))
+        return self.last(side * alpha) if hasattr(self, "last") else side * alpha
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("transformed", [False, True])
+def test_copies_with_other_names_are_found_by_their_layers(transformed, training):
+    torch.manual_seed(0)
+    original = seasoned(Renamed(transformed))
+    fused = copy.deepcopy(original)
+    report = fuse.fuse_gates(fused)
+    assert report.gates[0].family == "by its layers" and report.fused
+    assert patch.state_of(fused).paths.theta == "from_side.0"
+    compare(original, fused, Case(None, (2, 6, 7, 9), (2, 6, 7, 9), {}), training)
+
+
+class NoGate(nn.Module):
+    """Layers as a gate's, and no gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 1, 1)
+
+    def forward(self, x, g):
+        return self.c(self.a(x) * self.b(g))
+
+
+@pytest.mark.parametrize(
+    "make", [NoGate, lambda: nn.Sequential(nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 1, 1))]
+)
+def test_what_only_looks_like_a_gate_is_not_mentioned(make):
+    assert not fuse.fuse_gates(make()).gates
+
+
 class Residual(LeeGate):
     def forward(self, g, x):
         return x * (1 + self.psi(self.relu(self.W_g(g) + self.W_x(x))))
