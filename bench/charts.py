@@ -113,23 +113,20 @@ def roofline(results: Results, theme: Theme) -> Figure | None:
         return None
     figure, axes = _panel("Roofline: both modes, all gates", "operations per byte that must move")
     copy, peak = results.machine["copy_gbps"], results.machine["peak_gflops"]
-    low, high = min(p[1] for p in points) / 2, max(p[1] for p in points) * 2
+    low = min(min(p[1] for p in points) / 2, peak / copy / 4)
+    high = max(max(p[1] for p in points) * 2, peak / copy * 2)
     reach = np.geomspace(low, high, 200)
-    axes.loglog(reach, np.minimum(copy * reach, peak), color=theme.floor, lw=1.6)
-    axes.text(
-        high, peak * 1.06, f"{peak:.0f} GFLOP/s, matrix product", size=7.5, color=theme.faint, ha="right"
-    )
-    start = min(low * 1.2, peak / copy)
-    axes.text(start, copy * start * 1.5, f"{copy:.0f} GB/s, copy", size=7.5, color=theme.faint, rotation=35)
+    roof = f"copy {copy:.0f} GB/s, matrix product {peak:.0f} GFLOP/s"
+    axes.loglog(reach, np.minimum(copy * reach, peak), color=theme.floor, lw=1.6, label=roof)
     for provider, marker in (("eager", "o"), ("attn_gate", "D")):
         its = [p for p in points if p[0] == provider]
         axes.plot([p[1] for p in its], [p[2] for p in its], marker, ms=4, mec=theme.page, mew=0.5,
                   color=colour(provider, theme), label=provider)  # fmt: skip
     axes.set_ylabel("GFLOP/s")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(top=peak * 2)
-    axes.legend(loc="lower right")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside lower center", ncols=3, columnspacing=1.0, handlelength=1.4, fontsize=8)
     return figure
 
 
