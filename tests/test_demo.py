@@ -199,8 +199,8 @@ def test_batches_depend_on_the_step_alone_and_show_tumours():
 
 
 def test_a_file_with_another_sha256_is_refused(tmp_path):
-    (tmp_path / fetch.WHEEL).write_bytes(b"something else")
-    with pytest.raises(DemoError, match=f"(?s){fetch.WHEEL}.*expected {fetch.SHA256}.*Delete it"):
+    (tmp_path / fetch.SCANS.name).write_bytes(b"something else")
+    with pytest.raises(DemoError, match=f"(?s){fetch.SCANS.name}.*expected {fetch.SCANS.sha256}.*Delete it"):
         fetch.fetch_wheel(tmp_path)
 
 
@@ -213,7 +213,7 @@ def fake_pip(monkeypatch, *, content: bytes = b"", code: int = 0, stderr: str = 
         commands.append(command)
         if content:
             target = command[command.index("--dest") + 1]
-            with open(f"{target}/{fetch.WHEEL}", "wb") as file:
+            with open(f"{target}/{fetch.SCANS.name}", "wb") as file:
                 file.write(content)
         return subprocess.CompletedProcess(command, code, "", stderr)
 
@@ -230,13 +230,13 @@ def test_a_download_with_another_sha256_is_not_kept(tmp_path, monkeypatch):
 
 def test_the_wheel_is_downloaded_once_and_alone(tmp_path, monkeypatch):
     content = b"the scans"
-    monkeypatch.setattr(fetch, "SHA256", hashlib.sha256(content).hexdigest())
+    wheel = fetch.SCANS._replace(sha256=hashlib.sha256(content).hexdigest())
     commands = fake_pip(monkeypatch, content=content)
     folder = tmp_path / "new" / "cache"
-    assert fetch.fetch_wheel(folder).read_bytes() == content
-    assert fetch.fetch_wheel(folder) == folder / fetch.WHEEL
-    assert len(commands) == 1 and {"--no-deps", fetch.REQUIREMENT} <= set(commands[0])
-    assert [path.name for path in folder.iterdir()] == [fetch.WHEEL]
+    assert fetch.fetch_wheel(folder, wheel).read_bytes() == content
+    assert fetch.fetch_wheel(folder, wheel) == folder / fetch.SCANS.name
+    assert len(commands) == 1 and {"--no-deps", wheel.requirement} <= set(commands[0])
+    assert [path.name for path in folder.iterdir()] == [fetch.SCANS.name]
 
 
 def test_without_network_the_reason_is_passed_on(tmp_path, monkeypatch):
@@ -411,7 +411,7 @@ def test_without_the_scans_the_demo_says_so_and_goes_on(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("case", ["wrong file", "no folder"])
 def test_failure_is_one_line_and_an_exit_code(case, tmp_path, capsys):
-    (tmp_path / fetch.WHEEL).write_bytes(b"something else")
-    out = tmp_path / (fetch.WHEEL if case == "no folder" else "report")
+    (tmp_path / fetch.SCANS.name).write_bytes(b"something else")
+    out = tmp_path / (fetch.SCANS.name if case == "no folder" else "report")
     assert main(["demo", "--out", str(out), "--data", str(tmp_path)]) == 1
     assert re.fullmatch(r"attn_gate demo: .+\n", capsys.readouterr().err)

@@ -11,7 +11,7 @@ from rich.console import Console
 from attn_gate.demo import dicom, synthetic
 from attn_gate.demo.errors import DemoError
 from attn_gate.demo.experiments import Demo
-from attn_gate.demo.fetch import WHEEL, NotFetched, cache_dir, fetch_wheel
+from attn_gate.demo.fetch import SCANS, NotFetched, cache_dir, fetch_wheel
 
 DESCRIPTION = """\
 Train a small Attention U-Net on lung CT of four patients, once with eager PyTorch gates and once with
@@ -92,7 +92,7 @@ def _images(args: argparse.Namespace, console: Console) -> tuple[list[dicom.Scan
             console.print(
                 f"[yellow]The CT scans could not be fetched[/]: {error}\n"
                 "Going on with [bold]synthetic[/] images, labelled as such. For the CT scans, run again with "
-                f"network, or put {WHEEL} into the folder that --data names.",
+                f"network, or put {SCANS.name} into the folder that --data names.",
                 highlight=False,
             )
     console.print(f"[dim]{synthetic.SOURCE}", highlight=False)
