@@ -39,7 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder for picture and weights")
     args = parser.parse_args()
-    size, steps = (16, 2) if args.fast else (48, 200)
+    size, steps = (32, 2) if args.fast else (48, 200)
     steps = args.steps or steps
 
     processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
@@ -59,7 +59,7 @@ def main() -> None:
     if rank == 0:
         print(volumes.source)
         batch = next(iter(batches))
-        print_before_after(net, loss, batch["image"], batch["label"], turns=1 if args.fast else 5)
+        print_before_after(net, loss, batch["image"], batch["label"], turns=2 if args.fast else 9)
         if processes > 1:
             dist.barrier()
 

