@@ -52,7 +52,7 @@ $(VENV)/requirements: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 ifdef TORCH
 	$(BIN)/pip install $(TORCH)
-	grep -v '^torch==' requirements.txt > $(VENV)/without-torch.txt
+	grep -v -e '^torch==' -e '^triton==' requirements.txt > $(VENV)/without-torch.txt
 	$(BIN)/pip install -r $(VENV)/without-torch.txt
 else
 	$(BIN)/pip install -r requirements.txt

@@ -9,7 +9,10 @@ from .fuse import FusionReport, fuse_gates, unfuse_gates
 from .module import AttentionGate
 from .plot import plot_attention
 from .spec import GateSpec
+from .triton_kernels import register as _register_triton
 from .unet import AttentionUNet
+
+_register_triton()
 
 __all__ = [
     "AttentionGate",

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,6 +141,11 @@ def register_fakes(namespace: str) -> None:
     """Tells tracers what the operators of this namespace return."""
     for name, function in _FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}", function)
+
+
+def empty_results(name: str, *args: Any) -> Any:
+    """What the operator of this name returns for these arguments, not yet computed: new tensors."""
+    return _FAKES[name](*args)
 
 
 @_fake("gate_fwd")

@@ -5,6 +5,8 @@ One list of checks per backend serves the silent choice of "auto" and the error 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
 import os
 import sys
@@ -49,7 +51,33 @@ def _why_not_cuda(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
-    return "this version of attn_gate has no Triton kernels"
+    if not _triton_is_installed():
+        return "triton isn't installed (`pip install triton`; CUDA and ROCm builds of torch bring it)"
+    if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and triton_runs_on_cpu()):
+        return f"the Triton kernels run on GPUs; the tensors are on {device}"
+    if dtype == torch.float64:
+        return "the Triton kernels take float32, bfloat16 and float16; got float64"
+    if device.type == "cuda" and torch.version.cuda and torch.cuda.is_available():
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return f"Triton needs compute capability 8.0 or newer; {device} has less"
+    return ""
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def triton_runs_on_cpu() -> bool:
+    """Whether Triton's driver is replaced by one for the CPU, for tests: by its interpreter, or by a tool."""
+    return any(os.environ.get(name) == "1" for name in ("TRITON_INTERPRET", "ATTN_GATE_TRITON_CPU"))
+
+
+def device_of(backend: str) -> str:
+    """The kind of device that tests and `verify` run this backend on."""
+    on_gpu = backend == "cuda" or (backend == "triton" and not triton_runs_on_cpu())
+    return "cuda" if on_gpu else "cpu"
 
 
 BACKENDS = {
@@ -116,8 +144,9 @@ def report() -> list[tuple[str, bool, str]]:
     """(name, usable on this machine, remark or reason why not), for `python -m attn_gate info`."""
     rows = [("cpu", True, f"C++, {_library.cpu_isa()} instructions")]
     for name in ("cuda", "triton"):
-        reason = BACKENDS[name].why_not(torch.device("cuda"), torch.float32)
-        if not reason and not torch.cuda.is_available():
+        device = device_of(name)
+        reason = BACKENDS[name].why_not(torch.device(device), torch.float32)
+        if not reason and device == "cuda" and not torch.cuda.is_available():
             reason = "torch sees no GPU"
         rows.append((name, not reason, reason))
     return [*rows, ("eager", True, "the PyTorch reference, on every device")]

@@ -171,7 +171,7 @@ def _variants(subject: str) -> Iterator[tuple[GateCase, Variant]]:
 
 def _compare(row: Row, case: GateCase, variant: Variant, layout: str, seed: int) -> list[Judgement]:
     """The judgements of all outputs and gradients of one call."""
-    device = "cpu" if row.backend == "cpu" else "cuda"
+    device = backends.device_of(row.backend)
     operator = "attention_gate" if row.subject in MODULES else row.subject
     inputs = case.inputs(operator, DTYPES[row.dtype], layout, seed, device)
     if row.subject in MODULES:

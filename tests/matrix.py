@@ -111,10 +111,9 @@ def compare(
     **options: object,
 ) -> None:
     """Forward and all gradients of one case: fails with the names and errors of wrong results."""
-    device = "cuda" if backend in ("cuda", "triton") else "cpu"
     # Where PyTorch's convolutions make theta and phi, they round them to the maps' dtype.
     rounds = backend.startswith("cuda") and operator.startswith("attention")
-    tensors, eager, exact = _expected(case, operator, dtype, seed, device, rounds)
+    tensors, eager, exact = _expected(case, operator, dtype, seed, backends.device_of(backend), rounds)
     arrange = LAYOUTS[layout]
     arranged = {name: t if t is None else arrange[_ROLES.get(name, 3)](t) for name, t in tensors.items()}
     options = {**case.options(operator), **options}

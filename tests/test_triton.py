@@ -1,0 +1,128 @@
+"""The Triton kernels without a GPU: interpreted over the matrix, and compiled for GPUs that aren't here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matrix import results
+
+from attn_gate import backends, functional
+from attn_gate.bench import triton_resources
+from attn_gate.cases import CASES
+
+HERE = Path(__file__).parent
+
+
+def python(*arguments: str, **environment: str) -> subprocess.Popen:
+    """A process of its own: kernels are interpreted or compiled as the environment says at their import."""
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=HERE, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def output_of(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_the_matrix_is_right_in_the_interpreter():
+    parts = [python("triton_matrix.py", str(part), "2", TRITON_INTERPRET="1") for part in range(2)]
+    assert sum(int(output_of(process)) for process in parts) > 350
+
+
+@pytest.mark.parametrize("what", ("load", "store", "twice", "bfloat16", "tf32"))
+def test_the_repaired_interpreter_finds(what):
+    assert output_of(python("triton_planted.py", what, TRITON_INTERPRET="1")) == "found\n"
+
+
+def test_triton_is_imported_by_the_first_call_only():
+    program = (
+        "import sys, torch, attn_gate; attn_gate.functional.apply_attention(torch.ones(1, 2, 3, 4), "
+        "torch.ones(1, 1, 3, 4)); print('triton' in sys.modules)"
+    )
+    assert output_of(python("-c", program)) == "False\n"
+
+
+def test_cpu_tensors_need_a_driver_for_the_cpu(monkeypatch):
+    x, alpha = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4)
+    backends.triton_runs_on_cpu.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="run on GPUs; the tensors are on cpu"):
+        functional.apply_attention(x, alpha, backend="triton")
+
+
+def test_float64_is_left_to_others():
+    reason = backends.BACKENDS["triton"].why_not(torch.device("cuda"), torch.float64)
+    assert "float64" in reason
+
+
+# --------------------------------------------------------------------------------------- compiled ahead of time
+
+QUICK = (("cuda", 90), torch.bfloat16, "contiguous", ("same grid 2D", "paper 2D"))
+
+
+def recorded(target: tuple, setting: str, dtype: torch.dtype, layout: str) -> list:
+    """The table's rows of one compilation."""
+    key = (f"{target[0]} {target[1]}", setting, str(dtype).removeprefix("torch."), layout)
+    return [
+        row for row in triton_resources.read_table() if (row.target, row.gate, row.dtype, row.layout) == key
+    ]
+
+
+def test_no_kernel_spills_on_any_gpu():
+    rows = triton_resources.read_table()
+    targets = {f"{backend} {arch}" for backend, arch in triton_resources.TARGETS}
+    assert {row.target for row in rows} == targets
+    assert [row for row in rows if row.spills] == []
+    assert max(row.shared for row in rows) <= 99 * 1024  # what the smallest of these GPUs gives a program
+
+
+@pytest.mark.parametrize("name", QUICK[3])
+def test_the_table_of_resources_is_true(name):
+    target, dtype, layout, _ = QUICK
+    setting = next(setting for setting in triton_resources.SETTINGS if setting.name == name)
+    found = triton_resources.compile_setting(setting, dtype, layout, target)
+    assert sorted(found) == recorded(target, name, dtype, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", triton_resources.TARGETS, ids=str)
+def test_the_whole_table_of_resources_is_true(target):
+    for setting, dtype, layout in triton_resources.combinations():
+        found = triton_resources.compile_setting(setting, dtype, layout, target)
+        assert sorted(found) == recorded(target, setting.name, dtype, layout)
+
+
+# ------------------------------------------------------------------------------------------------ on a real GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+_CASE = next(case for case in CASES if case.name == "paper 3D")
+
+
+@pytest.mark.gpu
+@gpu
+def test_the_same_bits_from_run_to_run():
+    tensors = _CASE.inputs("attention_gate", device="cuda")
+    options = {**_CASE.options("attention_gate"), "backend": "triton"}
+    first, second = (results(functional.attention_gate, tensors, **options) for _ in range(2))
+    for name, t in first.items():
+        assert torch.equal(t, second[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU here")
+def test_the_second_gpu():
+    tensors = _CASE.inputs("attention_gate", device="cuda:1")
+    options = {**_CASE.options("attention_gate"), "backend": "triton"}
+    with torch.cuda.device(0):
+        found = results(functional.attention_gate, tensors, **options)
+    on_first = {name: t if t is None else t.to("cuda:0") for name, t in tensors.items()}
+    for name, t in results(functional.attention_gate, on_first, **options).items():
+        assert torch.equal(found[name].to("cuda:0"), t), name

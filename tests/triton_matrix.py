@@ -1,0 +1,53 @@
+"""The matrix on Triton's interpreter: TRITON_INTERPRET=1 python tests/triton_matrix.py PART PARTS
+
+Every case and operator in the part, dtypes and layouts in turn; prints how many were compared. A process of
+its own, for kernels are interpreted or compiled as the environment says when they are imported.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import triton_repairs
+from matrix import EDGES, LARGE, LAYOUTS, compare, recomputes
+
+from attn_gate.cases import CASES, OPERATORS, GateCase
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Small for the interpreter, but of more programs than one an axis, and of more channels than a block of them.
+SEVERAL_TILES = (
+    GateCase("tiles, one grid", (19, 31), (19, 31), batch=1, channels=70, gating=40, inter=20),
+    GateCase("tiles, patches", (37, 66), (18, 33), batch=1, channels=20, inter=5, kernel=2, stride=2),
+    GateCase("tiles, patches 3D", (11, 14, 18), (5, 7, 9), batch=1, channels=9, kernel=2, stride=2),
+    GateCase("tiles, nearest", (40, 51), (10, 17), batch=1, kernel=2, stride=3, phi_resize="nearest",
+             alpha_resize="nearest"),
+    GateCase("tiles, aligned", (33, 58), (9, 20), batch=1, stride=2, phi_resize="align_corners",
+             alpha_resize="align_corners"),
+    GateCase("tiles, many inner channels", (9, 13), (9, 13), batch=1, channels=20, gating=18, inter=150),
+    GateCase("tiles, g coarser", (21, 30), (7, 10), batch=1, channels=17, inter=6),
+)  # fmt: skip
+
+
+def main() -> None:
+    part, parts = map(int, sys.argv[1:])
+    triton_repairs.repair()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    count, compared, layouts = 0, 0, list(LAYOUTS)
+    assert not {case.name for case in SEVERAL_TILES} & {case.name for case in LARGE}
+    for case in CASES + EDGES + SEVERAL_TILES:
+        for operator in OPERATORS:
+            for options in recomputes(operator):
+                count += 1
+                if count % parts == part:
+                    dtype, layout = DTYPES[count // parts % 3], layouts[count // parts % len(layouts)]
+                    compare(case, operator, dtype, layout, backend="triton", **options)
+                    compared += 1
+    print(compared)
+
+
+if __name__ == "__main__":
+    main()

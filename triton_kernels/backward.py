@@ -1,0 +1,333 @@
+"""The backward pass: one launch from the gradients of y and alpha to those of all maps, and partial sums of
+those of the parameters.
+
+    d alpha_up = sum_c dy * x      d alpha = resize^T(d alpha_up)     d logit = d alpha * alpha * (1 - alpha)
+    ds = d logit * psi * activation'(s), with s = theta + resize(phi) given, stored, or recomputed here
+    dx = dy * alpha_up + theta_weight^T ds,     dg = phi_weight^T ds,   d weight = ds [x; g]^T
+
+A program takes tiles of coarse voxels in turn. Bytes per sample, e an element:
+
+- one grid: reads x, dy and theta, phi (whole: g), writes dx and dtheta, dphi (whole: dg). The whole gate
+comes
+  back to x, dy and g for the products with ds, from L2.
+- S finer than R: d alpha of a tile needs d alpha_up of fine voxels that other tiles own. Two ways:
+    halo        x and dy are read over the tile and h = prod((2 b + 2) / 2 b) around it (b coarse voxels an
+                axis of a resize by 2: 1.2 for 8 x 16, 1.8 for 4 x 4 x 8), nearly all of it from L2
+    1 channel   d alpha_up through memory and a second launch, which for the whole gate reads all of x and dy
+                again: 5 C of traffic where 3 C are needed
+  The halo moves less for the whole gate and the same for the chain, in one launch: it is the way. d alpha_up
+  of a tile goes through a scratch of the program's own, which stays in L1 or L2.
+- weight gradients are added up in a row of the workspace that belongs to the program: for a tile of BT voxels
+  8 I (C + G) bytes from L2 beside 4 (3 C + 2 G) BT. At I >= 128 that is more than a launch of its own that
+  reads a stored ds: `geometry.splits` compares them (SPLIT). SPLIT also takes any I, a block at a time.
+
+Rows of the workspace are summed in order afterwards (`parameters.sum_kernel`): no atomics, the same bits
+always.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import preactivation
+from .maps import activate, load_tile, sample, slope, store_tile, tile_begin, tile_voxels
+from .resize import first_fed, first_from, gathered, resized
+
+
+@triton.jit
+def accumulate(row, value, index, count, again):
+    """row[:count] += value where `again` is 1; where it is 0, at the program's first tile, row begins."""
+    before = tl.load(row + index, mask=index < count * again, other=0.0)
+    tl.store(row + index, before + value, mask=index < count)
+
+
+@triton.jit
+def _support(first, own, size, reach, n_in, n_out, spread, MODE: tl.constexpr):
+    """The output indices that input indices [first, first + own) feed."""
+    last = tl.minimum(first + own, n_in) - 1
+    return first_fed(first, n_out, spread, MODE), tl.minimum(
+        first_fed(last, n_out, spread, MODE) + reach, n_out
+    )
+
+
+@triton.jit
+def map_gradients(
+    source, dsource, weight, row, ds, ds_map, dy, alpha, again, d, h, w, v, inside,
+    channels, inter, Rv, in_d, in_h, in_w, Sh, Sw, voxels, scale_d, scale_h, scale_w,
+    BI: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, DY_CL: tl.constexpr,
+    DS_CL: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """dsource = weight^T ds (+ dy * alpha_up), and row += ds * patches(source)^T, each where wanted."""
+    TAPS: tl.constexpr = KD * KH * KW
+    k = tl.arange(0, BK).to(OFFSET)
+    i = tl.arange(0, BI).to(OFFSET)
+    for step in range(0, tl.cdiv(channels, BK) * TAPS):
+        c, tap = step // TAPS * BK + k, step % TAPS
+        c_inside = c < channels
+        if TAPS * SD * SH * SW == 1:  # one grid: alpha_up is alpha
+            od, oh, ow, o = v * 0, v * 0, v, v
+        else:
+            od, oh, ow = d * SD + tap // (KH * KW), h * SH + tap // KW % KH, w * SW + tap % KW
+            o = (od.to(OFFSET) * Sh + oh) * Sw + ow
+        if dsource is not None:
+            total = tl.zeros([BK, BT], tl.float32)
+            if SPLIT:
+                for i0 in range(0, inter, BI):
+                    inner = i0 + i
+                    mask = c_inside[:, None] & (inner < inter)[None, :]
+                    offset = (inner[None, :] * channels + c[:, None]) * TAPS + tap
+                    part = load_tile(ds_map, inner, v, inner < inter, inside, inter, Rv, DS_CL)
+                    turned = tl.load(weight + offset, mask=mask, other=0.0).to(part.dtype)
+                    total = tl.dot(turned, part, total, input_precision=PRECISION)
+            else:
+                mask = c_inside[:, None] & (i < inter)[None, :]
+                offset = (i[None, :] * channels + c[:, None]) * TAPS + tap
+                turned = tl.load(weight + offset, mask=mask, other=0.0).to(ds.dtype)
+                total = tl.dot(turned, ds, total, input_precision=PRECISION)
+            if dy is not None:
+                up = resized(
+                    alpha, 0, od, oh, ow, inside, 1, Rv, in_h * in_w, in_w, 0, 0, 0, in_d, in_h, in_w,
+                    scale_d, scale_h, scale_w, False, MODE_D, MODE_H, MODE_W, OFFSET,
+                )  # fmt: skip
+                total += (
+                    load_tile(dy, c, o, c_inside, inside, channels, voxels, DY_CL).to(tl.float32)
+                    * up[None, :]
+                )
+            store_tile(dsource, total, c, o, c_inside, inside, channels, voxels, CL)
+        if row is not None:
+            mask = (i < inter)[:, None] & c_inside[None, :]
+            pointer = row + (i[:, None] * channels + c[None, :]) * TAPS + tap
+            begun = (i < inter * again)[:, None] & c_inside[None, :]
+            total = tl.load(pointer, mask=begun, other=0.0)
+            tile = load_tile(source, c, o, c_inside, inside, channels, voxels, CL)
+            total = tl.dot(ds, tl.trans(tile), total, input_precision=PRECISION)
+            tl.store(pointer, total, mask=mask)
+
+
+@triton.jit
+def backward_kernel(
+    dy, dalpha, x, g, theta, phi, theta_weight, phi_weight, bias, psi, alpha, preact,
+    dx, dg, dtheta, dphi, dalpha_out, partial, scratch,
+    C, G, I, Sd, Sh, Sw, Sv, Rd, Rh, Rw, Rv, Qd, Qh, Qw, Qv,
+    total_tiles, tiles_d, tiles_h, tiles_w, room, columns, at_phi, at_bias, at_psi, at_psi_bias,
+    scale_d, scale_h, scale_w, spread_d, spread_h, spread_w, reach_d, reach_h, reach_w,
+    phi_scale_d, phi_scale_h, phi_scale_w,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BOX: tl.constexpr, FULL: tl.constexpr,
+    BI: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
+    X_CL: tl.constexpr, DY_CL: tl.constexpr, G_CL: tl.constexpr, THETA_CL: tl.constexpr, PHI_CL: tl.constexpr,
+    DS_CL: tl.constexpr,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
+    SW: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
+    PHI_D: tl.constexpr, PHI_H: tl.constexpr, PHI_W: tl.constexpr,
+    PROJECT: tl.constexpr, THROUGH: tl.constexpr, SPLIT: tl.constexpr, GAPS: tl.constexpr,
+    SUM_THETA: tl.constexpr, SUM_PHI: tl.constexpr, SUM_PSI: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """FULL: through sigmoid and multiply; else dalpha is the gradient of the logits. THROUGH: ds is wanted.
+
+    theta's gradient is ds; it is also what is stored for the launches that come after (dphi on another grid,
+    the weight gradients where SPLIT).
+    """
+    BT: tl.constexpr = BD * BH * BW
+    pid = tl.program_id(0)
+    if partial is not None:
+        partial += pid.to(tl.int64) * columns
+    if scratch is not None:
+        scratch += pid.to(tl.int64) * room
+    for tile in range(pid, total_tiles, tl.num_programs(0)):
+        again = (tile != pid).to(tl.int32)
+        n, d0, h0, w0 = tile_begin(tile, tiles_d, tiles_h, tiles_w, BD, BH, BW)
+        v, d, h, w, inside = tile_voxels(d0, h0, w0, Rd, Rh, Rw, Rv, BD, BH, BW, BOX, OFFSET)
+        k = tl.arange(0, BC).to(OFFSET)
+
+        # d logit, [BT]
+        dlogit = tl.zeros([BT], tl.float32)
+        if dy is not None:
+            xs, dys = sample(x, n, C, Sv), sample(dy, n, C, Sv)
+            alphas = sample(alpha, n, 1, Rv)
+            if BOX:
+                # Own: the patches of this tile's voxels, and what lies beyond the last; theta has no stride
+                # in
+                # the chain, where a voxel belongs to the tile that holds its lower tap.
+                if PROJECT:
+                    own_d, own_h, own_w = d0 * SD, h0 * SH, w0 * SW
+                    end_d = tl.where(d0 + BD >= Rd, Sd, (d0 + BD) * SD)
+                    end_h = tl.where(h0 + BH >= Rh, Sh, (h0 + BH) * SH)
+                    end_w = tl.where(w0 + BW >= Rw, Sw, (w0 + BW) * SW)
+                else:
+                    own_d = first_from(d0, Rd, Sd, scale_d, spread_d, MODE_D)
+                    own_h = first_from(h0, Rh, Sh, scale_h, spread_h, MODE_H)
+                    own_w = first_from(w0, Rw, Sw, scale_w, spread_w, MODE_W)
+                    end_d = first_from(d0 + BD, Rd, Sd, scale_d, spread_d, MODE_D)
+                    end_h = first_from(h0 + BH, Rh, Sh, scale_h, spread_h, MODE_H)
+                    end_w = first_from(w0 + BW, Rw, Sw, scale_w, spread_w, MODE_W)
+                s_d, e_d = _support(d0, BD, Sd, reach_d, Rd, Sd, spread_d, MODE_D)
+                s_h, e_h = _support(h0, BH, Sh, reach_h, Rh, Sh, spread_h, MODE_H)
+                s_w, e_w = _support(w0, BW, Sw, reach_w, Rw, Sw, spread_w, MODE_W)
+                s_d, s_h, s_w = tl.minimum(s_d, own_d), tl.minimum(s_h, own_h), tl.minimum(s_w, own_w)
+                n_d, n_h = tl.maximum(e_d, end_d) - s_d, tl.maximum(e_h, end_h) - s_h
+                n_w = tl.maximum(e_w, end_w) - s_w
+                for q0 in range(0, n_d * n_h * n_w, BF):
+                    q = q0 + tl.arange(0, BF)
+                    o_inside = q < n_d * n_h * n_w
+                    od, oh, ow = s_d + q // (n_h * n_w), s_h + q // n_w % n_h, s_w + q % n_w
+                    o = (od.to(OFFSET) * Sh + oh) * Sw + ow
+                    writes = o_inside & (od >= own_d) & (od < end_d) & (oh >= own_h) & (oh < end_h)
+                    writes = writes & (ow >= own_w) & (ow < end_w)
+                    if PROJECT:  # what no patch covers
+                        patched = (od % SD < KD) & (oh % SH < KH) & (ow % SW < KW)
+                        writes = writes & ~(patched & (od // SD < Rd) & (oh // SH < Rh) & (ow // SW < Rw))
+                    if dx is not None and (GAPS or not PROJECT):
+                        up = resized(
+                            alphas, 0, od, oh, ow, writes, 1, Rv, Rh * Rw, Rw, 0, 0, 0, Rd, Rh, Rw,
+                            scale_d, scale_h, scale_w, False, MODE_D, MODE_H, MODE_W, OFFSET,
+                        )  # fmt: skip
+                    product = tl.zeros([BF], tl.float32)
+                    for c0 in range(0, C, BC):
+                        c = c0 + k
+                        slopes = load_tile(dys, c, o, c < C, o_inside, C, Sv, DY_CL).to(tl.float32)
+                        if scratch is not None:
+                            values = load_tile(xs, c, o, c < C, o_inside, C, Sv, X_CL).to(tl.float32)
+                            product += tl.sum(slopes * values, 0)
+                        if dx is not None and (GAPS or not PROJECT):
+                            store_tile(
+                                sample(dx, n, C, Sv), slopes * up[None, :], c, o, c < C, writes, C, Sv, X_CL
+                            )
+                    if scratch is not None:
+                        tl.store(scratch + q, product, mask=o_inside)
+                if scratch is not None:
+                    tl.debug_barrier()  # other threads wrote what this one reads
+                    zero = tl.arange(0, 1).to(OFFSET)
+                    dlogit += tl.sum(gathered(
+                        scratch, zero, zero == 0, d, h, w, inside, 1, 0, n_h * n_w, n_w, s_d, s_h, s_w,
+                        Rd, Rh, Rw, Sd, Sh, Sw, scale_d, scale_h, scale_w, spread_d, spread_h, spread_w,
+                        reach_d, reach_h, reach_w, False, MODE_D, MODE_H, MODE_W, OFFSET,
+                    ), 0)  # fmt: skip
+                    tl.debug_barrier()  # before the next tile overwrites it
+            else:
+                a = tl.load(alphas + v, mask=inside, other=0.0)
+                for c0 in range(0, C, BC):
+                    c = c0 + k
+                    slopes = load_tile(dys, c, v, c < C, inside, C, Sv, DY_CL).to(tl.float32)
+                    values = load_tile(xs, c, v, c < C, inside, C, Sv, X_CL).to(tl.float32)
+                    dlogit += tl.sum(slopes * values, 0)
+                    if dx is not None and not PROJECT:
+                        store_tile(
+                            sample(dx, n, C, Sv), slopes * a[None, :], c, v, c < C, inside, C, Sv, X_CL
+                        )
+        if dalpha is not None:
+            dlogit += tl.load(sample(dalpha, n, 1, Rv) + v, mask=inside, other=0.0)
+        if dalpha_out is not None:
+            tl.store(sample(dalpha_out, n, 1, Rv) + v, dlogit, mask=inside)
+        if FULL:
+            a = tl.load(sample(alpha, n, 1, Rv) + v, mask=inside, other=0.0)
+            dlogit *= a * (1.0 - a)
+        dlogit = tl.where(inside, dlogit, 0.0)
+
+        # ds, [BI, BT]
+        if THROUGH:
+            if SUM_PSI:
+                one = tl.arange(0, 1)
+                accumulate(partial + at_psi_bias, tl.sum(dlogit[None, :], 1), one, 1, again)
+            for i0 in range(0, I, BI):
+                i = i0 + tl.arange(0, BI).to(OFFSET)
+                i_inside = i < I
+                if preact is not None:
+                    s = load_tile(sample(preact, n, I, Rv), i, v, i_inside, inside, I, Rv, X_CL).to(
+                        tl.float32
+                    )
+                else:
+                    xs, gs, thetas, phis = x, g, theta, phi
+                    if theta_weight is not None:
+                        xs = sample(x, n, C, Sv)
+                    if phi_weight is not None:
+                        gs = sample(g, n, G, Rv)
+                    if theta is not None:
+                        thetas = sample(theta, n, I, Rv)
+                    if phi is not None:
+                        phis = sample(phi, n, I, Qv)
+                    s = preactivation(
+                        xs, gs, thetas, phis, theta_weight, phi_weight, bias, i, i_inside, v, d, h, w, inside,
+                        C, G, I, Sh, Sw, Sv, Rh, Rw, Rv, Qd, Qh, Qw, Qv, phi_scale_d, phi_scale_h,
+                        phi_scale_w,
+                        BI, BT, BK, X_CL, G_CL, THETA_CL, PHI_CL, KD, KH, KW, SD, SH, SW,
+                        PHI_D, PHI_H, PHI_W, PRECISION, OFFSET,
+                    )  # fmt: skip
+                weight = tl.load(psi + i, mask=i_inside, other=0.0)
+                ds = (dlogit[None, :] * weight[:, None]) * slope(s, ACTIVATION)
+                ds = tl.where(i_inside[:, None] & inside[None, :], ds, 0.0)
+                if SUM_PSI:
+                    part = tl.sum(activate(s, ACTIVATION) * dlogit[None, :], 1)
+                    accumulate(partial + at_psi, part, i, I, again)
+                    if PROJECT:
+                        accumulate(partial + at_bias, tl.sum(ds, 1), i, I, again)
+                if dtheta is not None:
+                    store_tile(sample(dtheta, n, I, Rv), ds, i, v, i_inside, inside, I, Rv, DS_CL)
+                if dphi is not None:
+                    store_tile(sample(dphi, n, I, Rv), ds, i, v, i_inside, inside, I, Rv, DS_CL)
+                if PROJECT and not SPLIT:
+                    # One block holds all of I.
+                    rounded = ds.to(x.dtype.element_ty)
+                    _whole(
+                        dy, x, g, theta_weight, phi_weight, alpha, dx, dg, dtheta, partial, rounded, n, again,
+                        v, d, h, w, inside, C, G, I, Sh, Sw, Sv, Rd, Rh, Rw, Rv, at_phi, scale_d, scale_h,
+                        scale_w,
+                        BI, BT, BK, X_CL, DY_CL, G_CL, DS_CL, KD, KH, KW, SD, SH, SW, MODE_D, MODE_H, MODE_W,
+                        SPLIT, SUM_THETA, SUM_PHI, PRECISION, OFFSET,
+                    )  # fmt: skip
+            if PROJECT and SPLIT:
+                if dx is not None or dg is not None:
+                    tl.debug_barrier()  # ds was stored by other threads
+                    _whole(
+                        dy, x, g, theta_weight, phi_weight, alpha, dx, dg, dtheta, partial, None, n, again,
+                        v, d, h, w, inside, C, G, I, Sh, Sw, Sv, Rd, Rh, Rw, Rv, at_phi, scale_d, scale_h,
+                        scale_w,
+                        BI, BT, BK, X_CL, DY_CL, G_CL, DS_CL, KD, KH, KW, SD, SH, SW, MODE_D, MODE_H, MODE_W,
+                        SPLIT, SUM_THETA, SUM_PHI, PRECISION, OFFSET,
+                    )  # fmt: skip
+            if partial is not None:
+                tl.debug_barrier()  # the row is read again at the next tile
+
+
+@triton.jit
+def _whole(
+    dy, x, g, theta_weight, phi_weight, alpha, dx, dg, ds_map, partial, ds, n, again, v, d, h, w, inside,
+    C, G, I, Sh, Sw, Sv, Rd, Rh, Rw, Rv, at_phi, scale_d, scale_h, scale_w,
+    BI: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, X_CL: tl.constexpr, DY_CL: tl.constexpr,
+    G_CL: tl.constexpr, DS_CL: tl.constexpr,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
+    SW: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, SPLIT: tl.constexpr,
+    SUM_THETA: tl.constexpr, SUM_PHI: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """dx and dg of a tile, and the weight gradients' sums."""
+    dys, alphas, dxs, dgs, dss, row, row_g = None, None, None, None, None, None, None
+    if SPLIT:
+        dss = sample(ds_map, n, I, Rv)
+    if dy is not None:
+        dys, alphas = sample(dy, n, C, Sv), sample(alpha, n, 1, Rv)
+    if dx is not None:
+        dxs = sample(dx, n, C, Sv)
+    if SUM_THETA:
+        row = partial
+    if dx is not None or SUM_THETA:
+        map_gradients(
+            sample(x, n, C, Sv), dxs, theta_weight, row, ds, dss, dys, alphas, again,
+            d, h, w, v, inside, C, I, Rv, Rd, Rh, Rw, Sh, Sw, Sv, scale_d, scale_h, scale_w,
+            BI, BT, BK, X_CL, DY_CL, DS_CL, KD, KH, KW, SD, SH, SW, MODE_D, MODE_H, MODE_W,
+            SPLIT, PRECISION, OFFSET,
+        )  # fmt: skip
+    if dg is not None:
+        dgs = sample(dg, n, G, Rv)
+    if SUM_PHI:
+        row_g = partial + at_phi
+    if dg is not None or SUM_PHI:
+        map_gradients(
+            sample(g, n, G, Rv), dgs, phi_weight, row_g, ds, dss, None, alphas, again,
+            d, h, w, v, inside, G, I, Rv, Rd, Rh, Rw, Rh, Rw, Rv, scale_d, scale_h, scale_w,
+            BI, BT, BK, G_CL, DY_CL, DS_CL, 1, 1, 1, 1, 1, 1, "same", "same", "same",
+            SPLIT, PRECISION, OFFSET,
+        )  # fmt: skip

@@ -1,0 +1,200 @@
+"""The forward pass: one launch from (x, theta, phi) or (x, g) to y and alpha.
+
+A program owns a tile of coarse voxels (R, the grid of theta and alpha): it makes their logits, I channels in
+blocks of BI, then multiplies the fine voxels (S, the grid of x) that are theirs. Bytes per sample, e an
+element:
+
+- one grid: reads C + 2I (chain) or C + G (whole) channels, writes C and alpha. The whole gate reads x twice,
+the
+  second time from L2: a tile of 128 voxels x 64 channels is 32 KB, and all tiles under way fit in 50 MB.
+- S finer than R, linear: fine voxel o belongs to the tile that holds its lower tap, so a tile needs alpha one
+  coarse voxel beyond its end. Two ways to have it there:
+    recompute   tiles of B voxels an axis own B - 1; theta and phi (whole: x and g) are read
+                h = prod(B / (B - 1)) times: 1.14 for 16 x 16, 1.49 for 8 x 8 x 8, nearly all of it from L2,
+                since neighbours run together
+    1 channel   alpha through memory and a second launch: reads all of x once more, C of about 2C
+  Memory counts 1.0 to h against 1.5, so it is recomputed. Where arithmetic binds (deep 3D gates), (h - 1)
+  more
+  products cost more than the bytes: `geometry.halo_pays` compares them and the launch is split.
+- nearest: no neighbour is needed, h = 1.
+"""
+
+import triton
+import triton.language as tl
+
+from .maps import activate, at, load_tile, sample, store_tile, tile_begin, tile_voxels
+from .resize import first_from, resized
+
+
+@triton.jit
+def projected(
+    s, source, weight, i, i_inside, v, d, h, w, inside, channels, Sh, Sw, voxels,
+    BK: tl.constexpr, CL: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """s + weight * patches(source), [BI, voxels]; weight [I, C, KD, KH, KW]."""
+    TAPS: tl.constexpr = KD * KH * KW
+    k = tl.arange(0, BK).to(OFFSET)
+    # Taps inside, channels outside: so the taps of one patch meet in L1.
+    for step in range(0, tl.cdiv(channels, BK) * TAPS):
+        c, tap = step // TAPS * BK + k, step % TAPS
+        c_inside = c < channels
+        if TAPS * SD * SH * SW == 1:
+            fine = v
+        else:
+            fine = (d.to(OFFSET) * SD + tap // (KH * KW)) * Sh + h * SH + tap // KW % KH
+            fine = fine * Sw + w * SW + tap % KW
+        tile = load_tile(source, c, fine, c_inside, inside, channels, voxels, CL)
+        mask = i_inside[:, None] & c_inside[None, :]
+        part = tl.load(weight + (i[:, None] * channels + c[None, :]) * TAPS + tap, mask=mask, other=0.0)
+        s = tl.dot(part.to(tile.dtype), tile, s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def preactivation(
+    x, g, theta, phi, theta_weight, phi_weight, bias, i, i_inside, v, d, h, w, inside, C, G, I, Sh, Sw, Sv,
+    Rh, Rw, Rv,
+    Qd, Qh, Qw, Qv, phi_scale_d, phi_scale_h, phi_scale_w,
+    BI: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    X_CL: tl.constexpr, G_CL: tl.constexpr, THETA_CL: tl.constexpr, PHI_CL: tl.constexpr,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
+    SW: tl.constexpr,
+    PHI_D: tl.constexpr, PHI_H: tl.constexpr, PHI_W: tl.constexpr,
+    PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """s = theta + resize(phi) [BI, BT]: given, or projected from x and g where the weights are there."""
+    s = tl.zeros([BI, BT], tl.float32)
+    if theta_weight is not None:
+        s = projected(
+            s, x, theta_weight, i, i_inside, v, d, h, w, inside, C, Sh, Sw, Sv,
+            BK, X_CL, KD, KH, KW, SD, SH, SW, PRECISION, OFFSET,
+        )  # fmt: skip
+    if phi_weight is not None:
+        s = projected(
+            s, g, phi_weight, i, i_inside, v, d, h, w, inside, G, Rh, Rw, Rv,
+            BK, G_CL, 1, 1, 1, 1, 1, 1, PRECISION, OFFSET,
+        )  # fmt: skip
+    if bias is not None:
+        s += tl.load(bias + i, mask=i_inside, other=0.0)[:, None]
+    if theta is not None:
+        s += load_tile(theta, i, v, i_inside, inside, I, Rv, THETA_CL).to(tl.float32)
+    if phi is not None:
+        mask = i_inside[:, None] & inside[None, :]
+        if PHI_D == "same" and PHI_H == "same" and PHI_W == "same":
+            s += tl.load(phi + at(i[:, None], v[None, :], I, Rv, PHI_CL), mask=mask, other=0.0).to(tl.float32)
+        else:
+            s += resized(
+                phi, i[:, None], d[None, :], h[None, :], w[None, :], mask, I, Qv, Qh * Qw, Qw, 0, 0, 0, Qd,
+                Qh, Qw,
+                phi_scale_d, phi_scale_h, phi_scale_w, PHI_CL, PHI_D, PHI_H, PHI_W, OFFSET,
+            )  # fmt: skip
+    return s
+
+
+@triton.jit
+def forward_kernel(
+    x, g, theta, phi, theta_weight, phi_weight, bias, psi, psi_bias, y, alpha, preact, scratch,
+    C, G, I, Sd, Sh, Sw, Sv, Rd, Rh, Rw, Rv, Qd, Qh, Qw, Qv,
+    tiles_d, tiles_h, tiles_w, own_d, own_h, own_w,
+    scale_d, scale_h, scale_w, spread_d, spread_h, spread_w, phi_scale_d, phi_scale_h, phi_scale_w,
+    BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BOX: tl.constexpr, FULL: tl.constexpr,
+    BI: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
+    X_CL: tl.constexpr, G_CL: tl.constexpr, THETA_CL: tl.constexpr, PHI_CL: tl.constexpr,
+    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
+    SW: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
+    PHI_D: tl.constexpr, PHI_H: tl.constexpr, PHI_W: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """y and alpha; without y the logits (or alpha, where FULL) of all voxels and nothing else."""
+    BT: tl.constexpr = BD * BH * BW
+    n, d0, h0, w0 = tile_begin(tl.program_id(0), tiles_d, tiles_h, tiles_w, own_d, own_h, own_w)
+    v, d, h, w, inside = tile_voxels(d0, h0, w0, Rd, Rh, Rw, Rv, BD, BH, BW, BOX, OFFSET)
+    owned = inside
+    if BOX:
+        owned = inside & (d < d0 + own_d) & (h < h0 + own_h) & (w < w0 + own_w)
+    if x is not None:
+        x = sample(x, n, C, Sv)
+    if g is not None:
+        g = sample(g, n, G, Rv)
+    if theta is not None:
+        theta = sample(theta, n, I, Rv)
+    if phi is not None:
+        phi = sample(phi, n, I, Qv)
+
+    logit = tl.zeros([BT], tl.float32)
+    for i0 in range(0, I, BI):
+        i = i0 + tl.arange(0, BI).to(OFFSET)
+        i_inside = i < I
+        s = preactivation(
+            x, g, theta, phi, theta_weight, phi_weight, bias, i, i_inside, v, d, h, w, inside,
+            C, G, I, Sh, Sw, Sv, Rh, Rw, Rv, Qd, Qh, Qw, Qv, phi_scale_d, phi_scale_h, phi_scale_w,
+            BI, BT, BK, X_CL, G_CL, THETA_CL, PHI_CL, KD, KH, KW, SD, SH, SW, PHI_D, PHI_H, PHI_W,
+            PRECISION, OFFSET,
+        )  # fmt: skip
+        if preact is not None:
+            store_tile(sample(preact, n, I, Rv), s, i, v, i_inside, owned, I, Rv, X_CL)
+        weight = tl.load(psi + i, mask=i_inside, other=0.0)
+        logit += tl.sum(activate(s, ACTIVATION) * weight[:, None], 0)
+    if psi_bias is not None:
+        logit += tl.load(psi_bias)
+    a = logit
+    if FULL:
+        a = tl.sigmoid(logit)
+    tl.store(sample(alpha, n, 1, Rv) + v, a, mask=owned)
+
+    if y is not None:
+        y = sample(y, n, C, Sv)
+        k = tl.arange(0, BC).to(OFFSET)
+        if BOX:
+            # Alpha with its halo, through a scratch of the program's own (L1): 1 channel of the coarse grid.
+            scratch += tl.program_id(0).to(tl.int64) * BT
+            tl.store(scratch + tl.arange(0, BT), a)
+            tl.debug_barrier()
+            f_d = first_from(d0, Rd, Sd, scale_d, spread_d, MODE_D)
+            f_h = first_from(h0, Rh, Sh, scale_h, spread_h, MODE_H)
+            f_w = first_from(w0, Rw, Sw, scale_w, spread_w, MODE_W)
+            n_d = first_from(d0 + own_d, Rd, Sd, scale_d, spread_d, MODE_D) - f_d
+            n_h = first_from(h0 + own_h, Rh, Sh, scale_h, spread_h, MODE_H) - f_h
+            n_w = first_from(w0 + own_w, Rw, Sw, scale_w, spread_w, MODE_W) - f_w
+            for q0 in range(0, n_d * n_h * n_w, BF):
+                q = q0 + tl.arange(0, BF)
+                o_inside = q < n_d * n_h * n_w
+                od, oh, ow = f_d + q // (n_h * n_w), f_h + q // n_w % n_h, f_w + q % n_w
+                up = resized(
+                    scratch, 0, od, oh, ow, o_inside, 1, BT, BH * BW, BW, d0, h0, w0, Rd, Rh, Rw,
+                    scale_d, scale_h, scale_w, False, MODE_D, MODE_H, MODE_W, OFFSET,
+                )  # fmt: skip
+                o = (od.to(OFFSET) * Sh + oh) * Sw + ow
+                for c0 in range(0, C, BC):
+                    c = c0 + k
+                    tile = load_tile(x, c, o, c < C, o_inside, C, Sv, X_CL).to(tl.float32)
+                    store_tile(y, tile * up[None, :], c, o, c < C, o_inside, C, Sv, X_CL)
+        else:
+            for c0 in range(0, C, BC):
+                c = c0 + k
+                tile = load_tile(x, c, v, c < C, inside, C, Sv, X_CL).to(tl.float32)
+                store_tile(y, tile * a[None, :], c, v, c < C, inside, C, Sv, X_CL)
+
+
+@triton.jit
+def apply_kernel(
+    x, alpha, y, C, Sd, Sh, Sw, Sv, Rd, Rh, Rw, Rv, tiles, scale_d, scale_h, scale_w,
+    BC: tl.constexpr, BF: tl.constexpr, X_CL: tl.constexpr,
+    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """y = x * resize(alpha): a run of BF fine voxels, all channels. Moves x, y and alpha's one channel."""
+    tile = tl.program_id(0)
+    n, begin = tile // tiles, tile % tiles * BF
+    v, d, h, w, inside = tile_voxels(0, 0, begin, Sd, Sh, Sw, Sv, 1, 1, BF, False, OFFSET)
+    up = resized(
+        sample(alpha, n, 1, Rv), 0, d, h, w, inside, 1, Rv, Rh * Rw, Rw, 0, 0, 0, Rd, Rh, Rw,
+        scale_d, scale_h, scale_w,
+        False, MODE_D, MODE_H, MODE_W, OFFSET,
+    )  # fmt: skip
+    x, y = sample(x, n, C, Sv), sample(y, n, C, Sv)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC).to(OFFSET)
+        value = load_tile(x, c, v, c < C, inside, C, Sv, X_CL).to(tl.float32) * up[None, :]
+        store_tile(y, value, c, v, c < C, inside, C, Sv, X_CL)

@@ -1,0 +1,448 @@
+"""Forward and backward as launches of the kernels: what runs, on how many programs, with which arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .backward import backward_kernel
+from .forward import apply_kernel, forward_kernel
+from .geometry import (
+    Grid,
+    Resize,
+    Tiles,
+    boxes,
+    grid_of,
+    halo_pays,
+    is_channels_last,
+    new_map,
+    power_of_two,
+    runs,
+    splits,
+)
+from .launch import Blocks
+from .parameters import project_kernel, spread_kernel, sum_kernel, weights_kernel
+
+ONE = (1, 1, 1)
+
+
+@dataclass
+class Problem:
+    """One gate, forward or backward: what is there of it. Absent tensors are None.
+
+    Attributes:
+        like: x, or theta: dtype, device and batch of all maps.
+        fine, coarse, gating: S, R, Q (R where there is no g or phi).
+        alpha_resize, phi_resize: R -> S, Q -> R.
+        kernel, stride: of theta's convolution.
+        full: through sigmoid and multiply; else up to the logits.
+        wide: 64-bit offsets also where 32 bits would do.
+    """
+
+    like: Tensor
+    inter: int
+    fine: Grid
+    coarse: Grid
+    gating: Grid
+    alpha_resize: Resize
+    phi_resize: Resize
+    activation: str
+    psi: Tensor | None = None
+    psi_bias: Tensor | None = None
+    x: Tensor | None = None
+    g: Tensor | None = None
+    theta: Tensor | None = None
+    phi: Tensor | None = None
+    theta_weight: Tensor | None = None
+    phi_weight: Tensor | None = None
+    bias: Tensor | None = None
+    kernel: Grid = ONE
+    stride: Grid = ONE
+    full: bool = True
+    wide: bool = False
+
+    @property
+    def project(self) -> bool:
+        """Whether theta is made here."""
+        return self.theta_weight is not None
+
+    @property
+    def samples(self) -> int:
+        """The batch."""
+        return self.like.shape[0]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no voxel to compute."""
+        return 0 in (self.samples, *self.fine, *self.coarse)
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.x.shape[1] if self.x is not None else 1
+
+    @property
+    def depth(self) -> int:
+        """K: rows of [x's patch; g]."""
+        return self.channels * math.prod(self.kernel) + (self.g.shape[1] if self.g is not None else 0)
+
+    def offset(self) -> tl.dtype:
+        """The type of indices inside a sample."""
+        largest = max(self.channels, self.inter, self.g.shape[1] if self.g is not None else 1)
+        voxels = max(math.prod(grid) for grid in (self.fine, self.coarse, self.gating))
+        return tl.int64 if self.wide or largest * voxels >= 2**31 - 2**16 else tl.int32
+
+    def key(self, *more: object) -> tuple:
+        """The class of shapes that block sizes are chosen for."""
+        maps = (self.x, self.g, self.theta, self.phi)
+        return (
+            *more, str(self.like.dtype), self.full, self.kernel, self.stride, self.activation,
+            self.alpha_resize.modes, self.phi_resize.modes, power_of_two(self.inter),
+            power_of_two(self.depth),
+            *(m if m is None else is_channels_last(m) for m in maps), launch.precision(self.like),
+        )  # fmt: skip
+
+
+def _last(t: Tensor | None) -> bool:
+    return t is not None and is_channels_last(t)
+
+
+def _block(elements: int, voxels: int, channels: int) -> int:
+    """Channels of a tile."""
+    return max(1, min(elements // voxels, power_of_two(channels)))
+
+
+def _blocks_of_inter(p: Problem, blocks: Blocks, voxels: int) -> int:
+    """BI: all of I up to a limit for matrix products, which take no less than 16."""
+    if p.project:
+        return max(16, min(power_of_two(p.inter), blocks.inter))
+    return _block(blocks.elements, voxels, p.inter)
+
+
+def _sizes(p: Problem) -> dict:
+    sizes = {"C": p.channels, "G": p.g.shape[1] if p.g is not None else 1, "I": p.inter}
+    for letter, grid in (("S", p.fine), ("R", p.coarse), ("Q", p.gating)):
+        sizes.update(
+            {
+                f"{letter}d": grid[0],
+                f"{letter}h": grid[1],
+                f"{letter}w": grid[2],
+                f"{letter}v": math.prod(grid),
+            }
+        )
+    return sizes
+
+
+def _by_axis(prefix: str, values: Sequence) -> dict:
+    return dict(zip((f"{prefix}d", f"{prefix}h", f"{prefix}w"), values, strict=True))
+
+
+def _options(p: Problem, tiles: Tiles) -> dict:
+    """Arguments that forward and backward share."""
+    return {
+        **_sizes(p), **_by_axis("tiles_", tiles.counts),
+        **_by_axis("scale_", p.alpha_resize.scale), **_by_axis("spread_", p.alpha_resize.spread),
+        **_by_axis("phi_scale_", p.phi_resize.scale),
+        **dict(zip(("BD", "BH", "BW"), tiles.shape, strict=True)), "BOX": tiles.box, "FULL": p.full,
+        "X_CL": _last(p.x), "G_CL": _last(p.g), "PHI_CL": _last(p.phi),
+        **dict(zip(("KD", "KH", "KW"), p.kernel, strict=True)), **dict(zip(("SD", "SH", "SW"), p.stride,
+        strict=True)),
+        **dict(zip(("MODE_D", "MODE_H", "MODE_W"), p.alpha_resize.modes, strict=True)),
+        **dict(zip(("PHI_D", "PHI_H", "PHI_W"), p.phi_resize.modes, strict=True)),
+        "ACTIVATION": p.activation, "PRECISION": launch.precision(p.like), "OFFSET": p.offset(),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- forward
+
+
+def _linear_axes(resize: Resize) -> list[bool]:
+    return [mode in ("linear", "align_corners") for mode in resize.modes]
+
+
+def run_forward(p: Problem, y: Tensor | None, alpha: Tensor, preact: Tensor | None) -> None:
+    """Fills y (or stops at alpha), alpha (the logits where not p.full) and, where there is one, preact."""
+    if p.empty:
+        return
+
+    def run(blocks: Blocks) -> None:
+        target = y
+        tiles = runs(p.coarse, blocks.voxels)
+        if y is not None and not p.alpha_resize.identity:
+            tiles = boxes(p.coarse, blocks.voxels, _linear_axes(p.alpha_resize))
+            ratio = math.prod(p.fine) / math.prod(p.coarse)
+            counted = (p.channels, p.depth - p.channels * math.prod(p.kernel), p.inter, math.prod(p.kernel))
+            if p.project and not halo_pays(tiles, *counted, ratio, p.like.element_size()):
+                tiles, target = runs(p.coarse, blocks.voxels), None
+        voxels = math.prod(tiles.shape)
+        fine = voxels if not tiles.box else 256
+        programs = p.samples * tiles.total
+        scratch = alpha.new_empty((programs, voxels)) if tiles.box else None
+        launch.start(
+            forward_kernel, programs,
+            p.x, p.g, p.theta, p.phi, p.theta_weight, p.phi_weight, p.bias, p.psi, p.psi_bias,
+            target, alpha, preact, scratch,
+            blocks=blocks, **_options(p, tiles), **_by_axis("own_", tiles.own),
+            BI=_blocks_of_inter(p, blocks, voxels), BK=_depth(p, blocks), BC=_block(blocks.elements, fine,
+            p.channels),
+            BF=fine, THETA_CL=_last(p.theta),
+        )  # fmt: skip
+        if target is not y:
+            run_apply(p, alpha, y, blocks)
+
+    choices = launch.whole(p.like) if p.project else launch.CHAIN
+    launch.tuned(p.key("forward", y is None), p.like.device, choices, run)
+
+
+def _depth(p: Problem, blocks: Blocks) -> int:
+    """BK: no more than there are channels."""
+    most = max(p.channels, p.g.shape[1] if p.g is not None else 1)
+    return max(16, min(blocks.depth, power_of_two(most)))
+
+
+def run_apply_alone(p: Problem, alpha: Tensor, y: Tensor) -> None:
+    """The multiply as an operator of its own."""
+    if not p.empty:
+        launch.tuned(p.key("apply"), y.device, launch.CHAIN, lambda blocks: run_apply(p, alpha, y, blocks))
+
+
+def run_apply(p: Problem, alpha: Tensor, y: Tensor, blocks: Blocks) -> None:
+    """y = x * resize(alpha)."""
+    tiles = runs(p.fine, blocks.voxels)
+    voxels = math.prod(tiles.shape)
+    sizes = {k: v for k, v in _sizes(p).items() if k[0] in "CSR"}
+    launch.start(
+        apply_kernel, p.samples * tiles.total, p.x, alpha, y, tiles=tiles.total, blocks=blocks,
+        **sizes, **_by_axis("scale_", p.alpha_resize.scale),
+        BC=_block(blocks.elements, voxels, p.channels), BF=voxels, X_CL=_last(p.x),
+        **dict(zip(("MODE_D", "MODE_H", "MODE_W"), p.alpha_resize.modes, strict=True)), OFFSET=p.offset(),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ backward
+
+
+@dataclass
+class Gradients:
+    """Where the gradients go; None where not wanted. ds: theta's, or a map to go on from."""
+
+    dx: Tensor | None = None
+    dg: Tensor | None = None
+    ds: Tensor | None = None
+    dphi: Tensor | None = None
+    dalpha: Tensor | None = None
+    theta_weight: Tensor | None = None
+    phi_weight: Tensor | None = None
+    bias: Tensor | None = None
+    psi: Tensor | None = None
+    psi_bias: Tensor | None = None
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """In the order of a workspace's columns."""
+        return self.theta_weight, self.phi_weight, self.bias, self.psi, self.psi_bias
+
+
+def run_backward(
+    p: Problem,
+    out: Gradients,
+    dy: Tensor | None,
+    dalpha: Tensor | None,
+    alpha: Tensor | None,
+    preact: Tensor | None = None,
+) -> None:
+    """Fills all of `out` from the gradients of y and alpha (dalpha: of the logits, where not p.full)."""
+    if out.dx is not None and dy is None and not p.project:
+        out.dx.zero_()
+    if out.dx is not None and dy is None and p.project and (_gaps(p) or p.empty):
+        out.dx.zero_()
+    if p.empty:
+        for t in out.parameters:
+            if t is not None:
+                t.zero_()
+        return
+    choices = launch.whole_backward(p.like) if p.project else launch.CHAIN
+    wanted = tuple(t is not None for t in (dy, dalpha, preact, *vars(out).values()))
+    launch.tuned(
+        p.key("backward", wanted), p.like.device, choices,
+        lambda blocks: _backward(p, out, dy, dalpha, alpha, preact, blocks),
+    )  # fmt: skip
+
+
+def _gaps(p: Problem) -> bool:
+    """Whether some voxels of x belong to no patch."""
+    return p.kernel != p.stride or any(r * s != n for r, s, n in zip(p.coarse, p.stride, p.fine, strict=True))
+
+
+def _backward(
+    p: Problem,
+    out: Gradients,
+    dy: Tensor | None,
+    dalpha: Tensor | None,
+    alpha: Tensor | None,
+    preact: Tensor | None,
+    blocks: Blocks,
+) -> None:
+    box = dy is not None and not p.alpha_resize.identity
+    tiles = boxes(p.coarse, blocks.voxels, (False,) * 3) if box else runs(p.coarse, blocks.voxels)
+    voxels, total = math.prod(tiles.shape), p.samples * tiles.total
+    whole_weights = p.project and (out.theta_weight is not None or out.phi_weight is not None)
+    sums = any(t is not None for t in out.parameters)
+    through = (
+        sums or any(t is not None for t in (out.ds, out.dphi, out.dg)) or (p.project and out.dx is not None)
+    )
+    sizes = [
+        p.channels * math.prod(p.kernel) * p.inter,
+        (p.depth - p.channels * math.prod(p.kernel)) * p.inter,
+    ]
+    weight_rows = min(total, 256)
+    split = p.project and through and splits(
+        p.inter, p.depth, p.samples * math.prod(p.coarse), weight_rows, voxels, p.like.element_size(),
+        blocks.inter
+    )  # fmt: skip
+    fused_weights = whole_weights and not split
+    rows = weight_rows if fused_weights else min(total, 1024)
+    widths = [
+        w if fused_weights and t is not None else 0 for w, t in zip(sizes, out.parameters, strict=False)
+    ]
+    widths += [p.inter if p.project else 0, p.inter, 1]
+    at = [sum(widths[:i]) for i in range(5)]
+    columns = sum(widths)
+    like = p.like
+    partial = like.new_empty((rows, columns), dtype=torch.float32) if sums else None
+    room = math.prod(_box_room(p, tiles)) if box else 0
+    needs_alpha = through or out.dalpha is not None
+    scratch = like.new_empty((rows, room), dtype=torch.float32) if box and needs_alpha else None
+    ds = out.ds
+    if ds is None and split:
+        ds = new_map(p.x, p.inter, p.coarse)
+    fine = voxels if not box else 256
+    launch.start(
+        backward_kernel, rows,
+        dy, dalpha, p.x, p.g, p.theta, p.phi, p.theta_weight, p.phi_weight, p.bias, p.psi, alpha, preact,
+        out.dx, out.dg, ds, out.dphi, out.dalpha, partial, scratch,
+        blocks=blocks, **_options(p, tiles),
+        total_tiles=total, room=room, columns=columns, at_phi=at[1], at_bias=at[2], at_psi=at[3],
+        at_psi_bias=at[4],
+        **_by_axis("reach_", p.alpha_resize.reach),
+        BI=_blocks_of_inter(p, blocks, voxels), BK=_depth(p, blocks), BC=_block(blocks.elements, fine,
+        p.channels),
+        BF=fine, DY_CL=_last(dy), THETA_CL=_last(p.theta if preact is None else preact),
+        DS_CL=_last(p.x if p.project else p.theta),
+        PROJECT=p.project, THROUGH=through, SPLIT=split, GAPS=_gaps(p),
+        SUM_THETA=fused_weights and out.theta_weight is not None,
+        SUM_PHI=fused_weights and out.phi_weight is not None, SUM_PSI=sums,
+    )  # fmt: skip
+    if sums:
+        skip = [t if i > 1 or fused_weights else None for i, t in enumerate(out.parameters)]
+        _sum(partial, skip, at)
+    if whole_weights and split:
+        for source, gradient, kernel, stride in (
+            (p.x, out.theta_weight, p.kernel, p.stride),
+            (p.g, out.phi_weight, ONE, ONE),
+        ):
+            if gradient is not None:
+                run_weights(p, ds, source, gradient, kernel, stride, blocks)
+
+
+def _box_room(p: Problem, tiles: Tiles) -> list[int]:
+    """At most so many fine voxels an axis feed a tile, or belong to it."""
+    room = []
+    for n, r, b, spread, reach, stride in zip(
+        p.fine, p.coarse, tiles.shape, p.alpha_resize.spread, p.alpha_resize.reach, p.stride, strict=True
+    ):
+        most = n if b >= r else math.ceil((b + 1) * max(spread, stride)) + reach + 3
+        room.append(min(n, most))
+    return room
+
+
+def _sum(partial: Tensor, gradients: Sequence[Tensor | None], at: Sequence[int]) -> None:
+    rows, columns = partial.shape
+    block = min(64, power_of_two(columns))
+    launch.start(
+        sum_kernel, -(-columns // block), partial, *gradients, rows, columns, *at[1:],
+        BR=min(power_of_two(rows), 2048 // block), BN=block, blocks=Blocks(0),
+    )  # fmt: skip
+
+
+def run_weights(
+    p: Problem, ds: Tensor, source: Tensor, gradient: Tensor, kernel: Grid, stride: Grid, blocks: Blocks
+) -> None:
+    """gradient = ds * patches(source)^T, summed over all voxels."""
+    channels, taps = source.shape[1], math.prod(kernel)
+    coarse, fine = grid_of(ds), grid_of(source)
+    # Both operands of the product are as long as a tile: of float32, by three products, 32 fill the
+    # registers.
+    tiles = runs(coarse, min(blocks.voxels, 32 if source.dtype == torch.float32 else 64))
+    bi, bk = max(16, min(power_of_two(p.inter), 64)), max(16, min(power_of_two(channels), 64))
+    blocks_i, blocks_k = -(-p.inter // bi), -(-channels // bk) * taps
+    # Enough rows to fill a GPU; no more, for each is written and read once.
+    rows = max(1, min(p.samples * tiles.total, 512 // (blocks_i * blocks_k) + 1))
+    columns = p.inter * channels * taps
+    if columns == 0:
+        return
+    partial = source.new_empty((rows, columns), dtype=torch.float32)
+    sizes = dict(zip(("Sh", "Sw", "Sv"), (*fine[1:], math.prod(fine)), strict=True))
+    launch.start(
+        weights_kernel, rows * blocks_i * blocks_k, ds, source, partial, channels, p.inter, **sizes,
+        **_by_axis("R", coarse), Rv=math.prod(coarse), samples=p.samples, tiles=tiles.total, columns=columns,
+        at=0,
+        blocks_i=blocks_i, blocks_k=blocks_k, BI=bi, BK=bk, BT=math.prod(tiles.shape),
+        DS_CL=_last(ds), CL=_last(source),
+        **dict(zip(("KD", "KH", "KW"), kernel, strict=True)), **dict(zip(("SD", "SH", "SW"), stride,
+        strict=True)),
+        PRECISION=launch.precision(source), OFFSET=p.offset(), blocks=blocks,
+    )  # fmt: skip
+    _sum(partial, (gradient, None, None, None, None), (0, columns, columns, columns, columns))
+
+
+def run_project(p: Problem, source: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> None:
+    """out = weight * source (of one voxel each), or weight^T * source; weight [I, G]."""
+    inputs, outputs = source.shape[1], out.shape[1]
+    if 0 in source.shape or 0 in out.shape:
+        out.zero_()
+        return
+    strides = (1, weight.shape[1]) if transposed else (weight.shape[1], 1)
+    grid = grid_of(source)
+
+    def run(blocks: Blocks) -> None:
+        tiles = runs(grid, blocks.voxels)
+        bi = max(16, min(power_of_two(outputs), 64))
+        count = -(-outputs // bi)
+        launch.start(
+            project_kernel, p.samples * tiles.total * count, source, weight, out, inputs, outputs,
+            math.prod(grid),
+            tiles.total, count, *strides, BI=bi, BK=max(16, min(blocks.depth, power_of_two(inputs))),
+            BT=math.prod(tiles.shape), CL=_last(source), OUT_CL=_last(out),
+            PRECISION=launch.precision(source),
+            OFFSET=p.offset(), blocks=blocks,
+        )  # fmt: skip
+
+    key = p.key("project", transposed, power_of_two(inputs), power_of_two(outputs))
+    launch.tuned(key, source.device, launch.whole(source), run)
+
+
+def run_spread(p: Problem, slopes: Tensor, out: Tensor) -> None:
+    """out [I, Q] = resize^T(slopes [I, R])."""
+    blocks = launch.CHAIN[2]
+    tiles = runs(p.gating, blocks.voxels)
+    voxels = math.prod(tiles.shape)
+    bi = _block(blocks.elements, voxels, p.inter)
+    count = -(-p.inter // bi)
+    if p.empty or p.inter == 0:
+        return
+    sizes = {k: v for k, v in _sizes(p).items() if k[0] in "RQ"}
+    launch.start(
+        spread_kernel, p.samples * tiles.total * count, slopes, out, p.inter, *sizes.values(), tiles.total,
+        count,
+        *p.phi_resize.scale, *p.phi_resize.spread, *p.phi_resize.reach, BI=bi, BT=voxels,
+        CL=_last(slopes), OUT_CL=_last(out),
+        **dict(zip(("MODE_D", "MODE_H", "MODE_W"), p.phi_resize.modes, strict=True)), OFFSET=p.offset(),
+        blocks=blocks,
+    )  # fmt: skip
