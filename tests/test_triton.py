@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from attn_gate.bench import triton_resources
 from matrix import results
 
 from attn_gate import backends, functional
-from attn_gate.bench import triton_resources
 from attn_gate.cases import CASES
 
 HERE = Path(__file__).parent
@@ -63,7 +63,8 @@ def test_float64_is_left_to_others():
     assert "float64" in reason
 
 
-# --------------------------------------------------------------------------------------- compiled ahead of time
+# --------------------------------------------------------------------------------------- compiled ahead of
+# time
 
 QUICK = (("cuda", 90), torch.bfloat16, "contiguous", ("same grid 2D", "paper 2D"))
 
@@ -100,7 +101,8 @@ def test_the_whole_table_of_resources_is_true(target):
         assert sorted(found) == recorded(target, setting.name, dtype, layout)
 
 
-# ------------------------------------------------------------------------------------------------ on a real GPU
+# ------------------------------------------------------------------------------------------------ on a real
+# GPU
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 _CASE = next(case for case in CASES if case.name == "paper 3D")
