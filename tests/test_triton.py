@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted over the matrix, and compiled for GPUs that aren't here."""
+"""The Triton kernels: interpreted over the matrix where there is no GPU, and on one where there is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from attn_gate.bench import triton_resources
 from matrix import results
 
 from attn_gate import backends, functional
@@ -63,46 +62,7 @@ def test_float64_is_left_to_others():
     assert "float64" in reason
 
 
-# --------------------------------------------------------------------------------------- compiled ahead of
-# time
-
-QUICK = (("cuda", 90), torch.bfloat16, "contiguous", ("same grid 2D", "paper 2D"))
-
-
-def recorded(target: tuple, setting: str, dtype: torch.dtype, layout: str) -> list:
-    """The table's rows of one compilation."""
-    key = (f"{target[0]} {target[1]}", setting, str(dtype).removeprefix("torch."), layout)
-    return [
-        row for row in triton_resources.read_table() if (row.target, row.gate, row.dtype, row.layout) == key
-    ]
-
-
-def test_no_kernel_spills_on_any_gpu():
-    rows = triton_resources.read_table()
-    targets = {f"{backend} {arch}" for backend, arch in triton_resources.TARGETS}
-    assert {row.target for row in rows} == targets
-    assert [row for row in rows if row.spills] == []
-    assert max(row.shared for row in rows) <= 99 * 1024  # what the smallest of these GPUs gives a program
-
-
-@pytest.mark.parametrize("name", QUICK[3])
-def test_the_table_of_resources_is_true(name):
-    target, dtype, layout, _ = QUICK
-    setting = next(setting for setting in triton_resources.SETTINGS if setting.name == name)
-    found = triton_resources.compile_setting(setting, dtype, layout, target)
-    assert sorted(found) == recorded(target, name, dtype, layout)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", triton_resources.TARGETS, ids=str)
-def test_the_whole_table_of_resources_is_true(target):
-    for setting, dtype, layout in triton_resources.combinations():
-        found = triton_resources.compile_setting(setting, dtype, layout, target)
-        assert sorted(found) == recorded(target, setting.name, dtype, layout)
-
-
-# ------------------------------------------------------------------------------------------------ on a real
-# GPU
+# --------------------------------------------------------------------------- on a real GPU
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 _CASE = next(case for case in CASES if case.name == "paper 3D")

@@ -46,7 +46,7 @@ class Blocks:
 # bench/triton_resources.csv.
 CHAIN = (Blocks(256), Blocks(128), Blocks(512, 4096, warps=8), Blocks(256, 4096, warps=8))
 _WHOLE = (Blocks(128, warps=8), Blocks(64), Blocks(128, depth=64, warps=8))
-_WHOLE_BACKWARD = (Blocks(64, warps=8), Blocks(32), Blocks(64, depth=64, warps=8))
+_WHOLE_BACKWARD = (Blocks(64, depth=16, warps=8), Blocks(32), Blocks(64, depth=64, warps=8))
 # Of float32 by three products each operand takes twice the registers.
 _WHOLE_FLOAT32 = (Blocks(64, depth=16, inter=64, warps=8), Blocks(32, depth=16, inter=64, warps=8))
 _WHOLE_BACKWARD_FLOAT32 = (Blocks(64, depth=16, inter=64, warps=8), Blocks(32, depth=16, inter=64, warps=8))
