@@ -134,7 +134,7 @@ def has_layers(family: GateFamily, module: nn.Module) -> bool:
 def guess_families(module: nn.Module) -> Iterator[GateFamily]:
     """What the layers of a module might be if it is a gate by other names: the long tail of copies.
 
-    Two children that project to as many channels, one that makes one map of those, and perhaps one more behind
+    Two children that project to as many channels, one that makes one map of those, perhaps one more behind
     the product; which is which, where shapes leave that open, is for `attn_gate.probe` to find.
     """
     stems: dict[str, nn.Module] = {}

@@ -103,7 +103,7 @@ def _probe(family: GateFamily, structure: Structure, gate: nn.Module) -> Found:
                 if returns:
                     x, g, _ = resized[0]
                     steps = (spec, structure.paths, twin, x, g, x_first, returns)
-                    if reason := _difference(*steps, training=False):
+                    if reason := _difference(*steps, training=False) or _remembers(twin, x, g, x_first):
                         raise Unreadable(reason)
                     return Found(spec, names, x_first, returns, _difference(*steps, training=True))
     if not ran:
@@ -198,6 +198,21 @@ def arrange(spec: GateSpec, returns: str, x: Tensor, y: Tensor, alpha: Tensor) -
     if returns == "y, resized alpha" and spec.alpha_resize != "none":
         alpha = reference.resize(alpha, x.shape[2:], spec.alpha_resize)
     return y, alpha
+
+
+def _remembers(twin: nn.Module, x: Tensor, g: Tensor, x_first: bool) -> str:
+    """What the gate's forward leaves on the module, for somebody to read; the fused one leaves nothing."""
+
+    def length(value: Any) -> int:
+        return len(value) if isinstance(value, (list, dict, set)) else 0
+
+    before = {name: (value, length(value)) for name, value in twin.__dict__.items()}
+    _original(twin, x, g, x_first)
+    for name, value in twin.__dict__.items():
+        old, size = before.get(name, (twin, 0))
+        if value is not old or length(value) != size:
+            return f"its forward sets {name} on the module; for maps there is attn_gate.capture_attention"
+    return ""
 
 
 def _difference(

@@ -279,6 +279,20 @@ class Detached(LeeGate):
         return x * self.psi(self.relu(self.W_g(g) + self.W_x(x))).detach()
 
 
+class Remembering(LeeGate):
+    def __init__(self, where):
+        super().__init__(8, 6, 4)
+        self.where, self.maps = where, []
+
+    def forward(self, g, x):
+        alpha = self.psi(self.relu(self.W_g(g) + self.W_x(x)))
+        if self.where == "list":
+            self.maps.append(alpha)
+        else:
+            self.alpha = alpha
+        return x * alpha
+
+
 class Failing(LeeGate):
     def forward(self, g, x):
         return super().forward(g, x) * self.mask
@@ -316,6 +330,11 @@ class Grouped(LeeGate):
         (Extra, "more parameters or buffers than its family: scale"),
         (lambda: OtherCall(8, 6, 4), "not two maps"),
         (Grouped, "W_g.0 is grouped"),
+        (lambda: Remembering("list"), r"its forward sets maps on the module"),
+        (
+            lambda: Remembering("attribute"),
+            "its forward sets alpha on the module; for maps there is attn_gate.capture",
+        ),
         (lambda: Failing(8, 6, 4), "its forward fails on two maps: AttributeError"),
     ],
 )
