@@ -99,12 +99,12 @@ def train(model: torch.nn.Module, batches, loss, talks: bool) -> None:
 
 
 def show(net: torch.nn.Module, volumes, out: Path) -> None:
-    """Dice on the template that training never saw, a picture of it, and the weights."""
+    """Dice on the volume that training never saw, a picture of it, and the weights."""
     image, label = volumes.test["image"], volumes.test["label"]
     net.eval()
     with torch.no_grad(), attn_gate.capture_attention(net) as maps:
         prediction = net(image[None]).argmax(1)
-    print(f"Dice on the third template: {dice(prediction, label):.3f}")
+    print(f"Dice on the third volume: {dice(prediction, label):.3f}")
     draw(out / "hippocampus.png", image[0], label[0], prediction[0], maps, volumes.source)
     attn_gate.unfuse_gates(net)
     torch.save(net.state_dict(), out / "hippocampus.pt")  # as of a network that was never fused

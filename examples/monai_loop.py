@@ -64,7 +64,7 @@ def main() -> None:
         logits = windows(volumes.test["image"][None], net)
     for each in zip(decollate_batch(logits), [volumes.test["label"]], strict=True):
         metric([discrete[0](each[0])], [discrete[1](each[1])])
-    print(f"Dice on the third template, by sliding windows of {size}³: {metric.aggregate().item():.3f}")
+    print(f"Dice on the third volume, by sliding windows of {size}³: {metric.aggregate().item():.3f}")
 
 
 if __name__ == "__main__":

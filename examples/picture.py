@@ -19,7 +19,7 @@ def draw(
     figure = Figure(figsize=(3.4 * (1 + len(maps)), 2.9), layout="compressed")
     spots = figure.subplots(1, 1 + len(maps), squeeze=False)[0]
     for spot, (name, alpha) in zip(
-        spots, [("truth (green), prediction (red)", None), *maps.items()], strict=True
+        spots, [("truth (green), prediction (red, dashed)", None), *maps.items()], strict=True
     ):
         spot.imshow(image[:, y].T, cmap="gray", origin="lower")
         if alpha is None:
