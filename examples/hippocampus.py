@@ -54,12 +54,16 @@ def main() -> None:
     net = AttentionUnet(
         spatial_dims=3, in_channels=1, out_channels=2, channels=(16, 32, 64, 128), strides=(2, 2, 2)
     )
+    if torch.cuda.is_available():
+        net.to(f"cuda:{rank % torch.cuda.device_count()}")
+    device = next(net.parameters()).device
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
     batches = training_patches(volumes, size, steps, seed=rank)
     if rank == 0:
         print(volumes.source)
         batch = next(iter(batches))
-        print_before_after(net, loss, batch["image"], batch["label"], turns=2 if args.fast else 9)
+        image, label = batch["image"].to(device), batch["label"].to(device)
+        print_before_after(net, loss, image, label, turns=2 if args.fast else 9)
         if processes > 1:
             dist.barrier()
 
@@ -67,7 +71,7 @@ def main() -> None:
     model = DistributedDataParallel(net) if processes > 1 else net
     if rank == 0:
         print(report)
-    train(model, batches, loss, talks=rank == 0)
+    train(model, batches, loss, device, talks=rank == 0)
 
     if processes > 1:
         weights = torch.nn.utils.parameters_to_vector(net.parameters())
@@ -77,19 +81,19 @@ def main() -> None:
         if rank == 0:
             print(f"all {processes} processes have the same weights")
     if rank == 0:
-        show(net, volumes, args.out)
+        show(net.cpu(), volumes, args.out)
     if processes > 1:
         dist.destroy_process_group()
 
 
-def train(model: torch.nn.Module, batches, loss, talks: bool) -> None:
+def train(model: torch.nn.Module, batches, loss, device: torch.device, talks: bool) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=len(batches) + 1)
     model.train()
     start = time.perf_counter()
     for step, batch in enumerate(batches, start=1):
         optimizer.zero_grad()
-        value = loss(model(batch["image"]), batch["label"])
+        value = loss(model(batch["image"].to(device)), batch["label"].to(device))
         value.backward()
         optimizer.step()
         schedule.step()

@@ -40,17 +40,20 @@ def main() -> None:
     net = AttentionUnet(
         spatial_dims=3, in_channels=1, out_channels=2, channels=(16, 32, 64, 128), strides=(2, 2, 2)
     )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net.to(device)
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
     batches = training_patches(volumes, size, steps)
     batch = next(iter(batches))
-    print_before_after(net, loss, batch["image"], batch["label"], turns=2 if args.fast else 9)
+    image, label = batch["image"].to(device), batch["label"].to(device)
+    print_before_after(net, loss, image, label, turns=2 if args.fast else 9)
     print(attn_gate.fuse_gates(net))
 
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     net.train()
     for step, batch in enumerate(batches, start=1):
         optimizer.zero_grad()
-        value = loss(net(batch["image"]), batch["label"])
+        value = loss(net(batch["image"].to(device)), batch["label"].to(device))
         value.backward()
         optimizer.step()
         if step % 10 == 0 or step == steps:
@@ -61,7 +64,7 @@ def main() -> None:
     discrete = AsDiscrete(argmax=True, to_onehot=2), AsDiscrete(to_onehot=2)
     net.eval()
     with torch.no_grad():
-        logits = windows(volumes.test["image"][None], net)
+        logits = windows(volumes.test["image"][None].to(device), net).cpu()
     for each in zip(decollate_batch(logits), [volumes.test["label"]], strict=True):
         metric([discrete[0](each[0])], [discrete[1](each[1])])
     print(f"Dice on the third volume, by sliding windows of {size}³: {metric.aggregate().item():.3f}")
