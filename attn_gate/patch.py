@@ -89,6 +89,8 @@ class FusedGate:
         elif torch.float64 in (x.dtype, g.dtype, weight.dtype):
             return False
         x_size, g_size = x.shape[2:], g.shape[2:]
+        if self.found.divides and any(n % s for n, s in zip(x_size, spec.theta_stride, strict=True)):
+            return False
         theta, phi = spec.theta_grid(x_size, g_size), spec.phi_grid(g_size)
         if min(*x_size, *g_size, *theta, *phi) < 1:
             return False

@@ -33,6 +33,7 @@ class Found(NamedTuple):
     arguments: names of (x, g) in its forward; x_first: whether x is the first of them.
     returns: "y"; "y, alpha" or "y, resized alpha" (on x's grid).
     training: why it doesn't agree in training mode; empty where it does.
+    divides: whether it agrees only where theta's stride divides x's grid.
     """
 
     spec: GateSpec
@@ -40,6 +41,7 @@ class Found(NamedTuple):
     x_first: bool
     returns: str
     training: str
+    divides: bool
 
 
 class Results(NamedTuple):
@@ -85,27 +87,30 @@ def _probe(family: GateFamily, structure: Structure, gate: nn.Module) -> Found:
         raise Unreadable(f"no twin of it can be made to try: {type(error).__name__}: {error}") from None
     failures, ran = [], False
     for x_first in (False, True):
-        cases, failure = [], ""
-        for x_size, g_size in _sizes(structure.spec, dict(family.options).get("x_resize", ("none",))[0]):
+        cases, failure = {}, ""
+        sizes = _sizes(structure.spec, dict(family.options).get("x_resize", ("none",))[0])
+        for kind, (x_size, g_size) in sizes.items():
             x, g = _maps(structure.channels, x_size, g_size, generator)
             try:
-                cases.append((x, g, _original(twin.eval(), x, g, x_first)))
+                cases[kind] = x, g, _original(twin.eval(), x, g, x_first)
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
         failures.append(failure)
         ran = ran or bool(cases)
-        # The last case has grids that agree; a gate that takes no other is one without a resize.
-        for resized in [cases, cases[-1:]] if len(cases) > 1 else [cases]:
-            if not resized:
-                continue
-            for spec in _candidates(family, structure, resize=len(resized) > 1):
+        # A gate that takes no other grids, or does something of its own with them, is one without a resize.
+        for first in [kind for kind in sizes if kind in cases]:
+            resized = [
+                case for kind, case in cases.items() if list(sizes).index(kind) >= list(sizes).index(first)
+            ]
+            for spec in _candidates(family, structure, resize=first == "unequal"):
                 returns = _agrees(spec, structure.paths, twin, resized)
                 if returns:
                     x, g, _ = resized[0]
                     steps = (spec, structure.paths, twin, x, g, x_first, returns)
                     if reason := _difference(*steps, training=False) or _remembers(twin, x, g, x_first):
                         raise Unreadable(reason)
-                    return Found(spec, names, x_first, returns, _difference(*steps, training=True))
+                    training = _difference(*steps, training=True)
+                    return Found(spec, names, x_first, returns, training, divides=first == "divided")
     if not ran:
         raise Unreadable(f"its forward fails on two maps: {'; in the other order: '.join(failures)}")
     raise Unreadable("no gate of its family computes what its forward does")
@@ -130,24 +135,29 @@ def _candidates(family: GateFamily, structure: Structure, *, resize: bool) -> It
             yield structure.spec.replace(phi_resize="none", alpha_resize=alpha, **fields)
 
 
-def _sizes(spec: GateSpec, x_resize: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Grids of x and g: first two that don't fit, g coarser along one axis and finer along another; then two
-    that do."""
+def _sizes(spec: GateSpec, x_resize: str) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Grids of x and g: "unequal", g coarser than theta along one axis and finer along another; "equal"; and
+    "divided", where theta's stride divides x's grid, which it doesn't in the others."""
 
     def before(size: tuple[int, ...], kernel: Any, stride: Any, pads: Any) -> tuple[int, ...]:
         axes = zip(size, kernel, stride, pads, strict=True)
-        # With remainder: the last voxels of x are in no patch.
-        return tuple((n - 1) * s + k - sum(pad) + (s - 1) for n, k, s, pad in axes)
+        least = [((n - 1) * s + k - sum(pad), s) for n, k, s, pad in axes]
+        # The largest that isn't a multiple of the stride: the last voxels of x are in no patch.
+        return tuple(max((m for m in range(n, n + s) if m % s), default=n) for n, s in least)
 
     axes = spec.spatial_dims
     theta, phi = (5, 4, 3)[:axes], (3, 6, 2)[:axes]
-    pads = spec.theta_pads(theta)
-    x_size = before(theta, spec.theta_kernel, spec.theta_stride, pads)
+    x_size = before(theta, spec.theta_kernel, spec.theta_stride, spec.theta_pads(theta))
     no_pads = ((0, 0),) * axes
     unequal, equal = (before(n, spec.phi_kernel, spec.phi_stride, no_pads) for n in (phi, theta))
     if x_resize != "none":
         equal = x_size
-    return [(x_size, unequal), (x_size, equal)]
+    sizes = {"unequal": (x_size, unequal), "equal": (x_size, equal)}
+    if any(s > 1 for s in spec.theta_stride) and x_resize == "none":
+        divided = tuple(n * s for n, s in zip(theta, spec.theta_stride, strict=True))
+        if spec.theta_grid(divided, equal) == theta:
+            sizes["divided"] = divided, equal
+    return sizes
 
 
 def _maps(

@@ -236,6 +236,32 @@ def test_copies_with_other_names_are_found_by_their_layers(transformed, training
     compare(original, fused, Case(None, (2, 6, 7, 9), (2, 6, 7, 9), {}), training)
 
 
+class Upsampling(nn.Module):
+    """A strided gate whose map goes back by a factor: it takes grids that the stride divides."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.theta = nn.Conv2d(6, 4, kernel, 2, bias=False)
+        self.phi, self.psi = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 1, 1)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+
+    def forward(self, x, g):
+        return x * self.up(torch.sigmoid(self.psi(F.relu(self.theta(x) + self.phi(g)))))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kernel", [1, 2])
+def test_gates_for_grids_that_divide(kernel, training):
+    torch.manual_seed(0)
+    original = Upsampling(kernel)
+    fused = copy.deepcopy(original)
+    assert fuse.fuse_gates(fused).fused and patch.state_of(fused).found.divides
+    compare(original, fused, Case(None, (2, 6, 8, 10), (2, 8, 4, 5), {}), training)
+    for net in (original, fused):
+        with pytest.raises(RuntimeError, match="The size of tensor a"):
+            net(torch.randn(2, 6, 7, 9), torch.randn(2, 8, *((4, 5) if kernel == 1 else (3, 4))))
+
+
 class NoGate(nn.Module):
     """Layers as a gate's, and no gate."""
 
