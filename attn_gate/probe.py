@@ -1,15 +1,13 @@
 """What a gate computes, found by running it on tiny random input and comparing with candidate GateSpecs.
 
-The gate itself is never run. A twin with random parameters in float64 on the CPU is: it has no hooks, shares
-no tensor with the gate, and draws from a generator of its own, so that no parameter, buffer, mode or random
-state changes.
+The gate itself is never run. A twin of it is (`attn_gate.twin`), which draws from a generator of its own, so
+that no parameter, buffer, mode or random state changes.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-import types
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,10 +18,9 @@ from attn_gate import engine, reference
 from attn_gate.families import OPTIONS, GateFamily, Layers, Structure, Unreadable, find
 from attn_gate.folding import FoldCache
 from attn_gate.spec import GateSpec
+from attn_gate.twin import make_twin
 
-_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _TOLERANCE = 1e-8  # of float64 results, relative to their scale
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Found(NamedTuple):
@@ -82,7 +79,7 @@ def _probe(family: GateFamily, structure: Structure, gate: nn.Module) -> Found:
     names = bind_names(gate)
     generator = torch.Generator().manual_seed(0)
     try:
-        twin = _twin(gate, structure.spec.spatial_dims, generator)
+        twin = make_twin(gate, structure.spec.spatial_dims, generator)
     except Exception as error:
         raise Unreadable(f"no twin of it can be made to try: {type(error).__name__}: {error}") from None
     failures, ran = [], False
@@ -253,7 +250,7 @@ def _difference(
 
 def _step(run: Callable, twin: nn.Module, x: Tensor, g: Tensor, training: bool) -> Results:
     """Results, gradients and buffers of one step of a fresh copy."""
-    net = _twin(twin).train(training)
+    net = make_twin(twin).train(training)
     x, g = x.clone().requires_grad_(), g.clone().requires_grad_()
     outputs = run(net, x, g)
     # Weights that no symmetry of the results cancels.
@@ -279,64 +276,3 @@ def _same(found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...])
             if not torch.allclose(ours.to(theirs.dtype), theirs, rtol=0, atol=_TOLERANCE * scale):
                 return False
     return True
-
-
-def _twin(gate: nn.Module, axes: int = 0, generator: torch.Generator | None = None) -> nn.Module:
-    """A copy without hooks: of the values without a generator, else with random values in float64."""
-    memo: dict[int, Any] = {}
-    twin = _copied_module(gate, axes, generator, memo)
-    for module in twin.modules():
-        for name, value in module.__dict__.items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                module.__dict__[name] = _of_twin(value, memo)
-    return twin
-
-
-def _copied_module(
-    module: nn.Module, axes: int, generator: torch.Generator | None, memo: dict[int, Any]
-) -> nn.Module:
-    if id(module) in memo:
-        return memo[id(module)]
-    twin = memo[id(module)] = type(module).__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    for name in _HOOKS:
-        twin.__dict__[name] = type(module.__dict__[name])()
-    if isinstance(module, nn.SyncBatchNorm):  # which takes no CPU tensors, and would wait for other processes
-        twin.__class__ = _BATCH_NORMS[axes]
-    twin._parameters = {k: _copied(p, k, generator, memo) for k, p in module._parameters.items()}
-    twin._buffers = {k: _copied(b, k, generator, memo) for k, b in module._buffers.items()}
-    twin._modules = {
-        k: child if child is None else _copied_module(child, axes, generator, memo)
-        for k, child in module._modules.items()
-    }
-    return twin
-
-
-def _of_twin(value: Any, memo: dict[int, Any]) -> Any:
-    """An attribute with what it holds of the gate replaced by the twin's: methods, layers, tensors."""
-    if isinstance(value, types.MethodType) and id(value.__self__) in memo:
-        return types.MethodType(value.__func__, memo[id(value.__self__)])
-    if isinstance(value, (nn.Module, Tensor)) and id(value) in memo:
-        return memo[id(value)]
-    if isinstance(value, Tensor) and value.is_floating_point() and value.device.type != "meta":
-        return value.detach().to("cpu", torch.float64)
-    if type(value) in (list, tuple, set):
-        return type(value)(_of_twin(v, memo) for v in value)
-    return {k: _of_twin(v, memo) for k, v in value.items()} if type(value) is dict else value
-
-
-def _copied(t: Tensor | None, name: str, generator: torch.Generator | None, memo: dict[int, Any]) -> Any:
-    if t is None:
-        return None
-    if id(t) not in memo:
-        if generator is None:
-            value = t.detach().clone()
-        elif not t.is_floating_point():
-            value = torch.zeros(t.shape, dtype=t.dtype)
-        elif name == "running_var":
-            value = torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
-        else:
-            fan_in = max(1, t[0].numel()) if t.ndim > 1 else 1
-            value = torch.randn(t.shape, generator=generator, dtype=torch.float64) / fan_in**0.5
-        memo[id(t)] = nn.Parameter(value) if isinstance(t, nn.Parameter) else value
-    return memo[id(t)]
