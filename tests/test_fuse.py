@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -461,6 +462,16 @@ def test_bad_families():
 
 
 # ---- the report and the arguments
+
+
+def test_the_report_prints_without_rich(net, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    net.lee.relu.register_forward_hook(lambda *args: None)
+    assert str(fuse.fuse_gates(net)).splitlines() == [
+        "1 of 2 attention gates run fused",
+        "  grid: whole gate, one operator",
+        "  lee: left alone: a hook on relu waits for that layer to be called",
+    ]
 
 
 def test_the_report_is_live_and_prints(net):
