@@ -62,6 +62,10 @@ LARGE = (
     GateCase("large, short rows", (2500, 6), (1250, 3), channels=40, inter=7, **_PATCHES),
     GateCase("large 1D", (33001,), (16500,), channels=17, **_PATCHES),
     GateCase("large 3D", (37, 42, 46), (18, 21, 23), channels=9, gating=7, inter=5, **_PATCHES),
+    # deep products: several blocks of the depth
+    GateCase("deep, one grid", (19, 31), (19, 31), channels=290, gating=270, inter=21),
+    GateCase("deep, patches", (14, 38), (7, 19), channels=97, gating=300, inter=17, **_PATCHES),
+    GateCase("deep, patches 3D, g coarser", (6, 10, 14), (2, 3, 4), channels=71, gating=257, **_PATCHES),
     GateCase("large 3D, one grid", (13, 24, 30), (13, 24, 30), channels=9, gating=7, inter=5),
 )
 

@@ -11,28 +11,104 @@
 namespace attn_gate::cpu {
 namespace {
 
+// y = x * alpha for voxels [v, v + len) of sample n, from x as it lies in memory.
+template <class T, class A>
+void weigh_voxels(const Problem& p, int64_t n, int64_t v, int64_t len, const A* alpha) {
+  const int64_t C = p.x.channels, voxels = p.x.grid.voxels();
+  if (p.y.channels_last) {
+    const T* from = sample_of<T>(p.x, n) + v * C;
+    T* to = sample_of<T>(p.y, n) + v * C;
+    for (int64_t i = 0; i < len; ++i)
+      for (int64_t c = 0; c < C; ++c) to[i * C + c] = from_acc<T>(to_acc(from[i * C + c]) * alpha[i]);
+    return;
+  }
+  for (int64_t c = 0; c < C; ++c) {
+    const T* from = sample_of<T>(p.x, n) + c * voxels + v;
+    T* to = sample_of<T>(p.y, n) + c * voxels + v;
+    for (int64_t i = 0; i < len; ++i) to[i] = from_acc<T>(to_acc(from[i]) * alpha[i]);
+  }
+}
+
 template <class T>
 void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0, int64_t v1) {
   using A = Acc<T>;
   Worker<T> work(p, layout, false);
-  const int64_t ld = work.ld, voxels = p.coarse.voxels();
+  const int64_t ld = work.ld, voxels = p.coarse.voxels(), K = p.depth();
   const A psi_bias = p.psi_bias ? *static_cast<const A*>(p.psi_bias) : A(0);
-  const bool write_y = p.y && p.same_grid();
-  const bool x_in_tile = p.uses_x();  // on one grid the tile's first C rows are x itself
-  Buffer<A> alpha(ld), own_x(write_y && !x_in_tile ? p.x.channels * ld : 0);
-  A* x_rows = x_in_tile ? static_cast<A*>(work.input) : static_cast<A*>(own_x);
-  for (int64_t v = v0; v < v1; v += ld) {
-    const int64_t end = smaller(v + ld, v1), len = end - v;
-    work.load_input(n, v, end);
+  const bool write_y = p.y && p.same_grid(), blocked = K > layout.depth_block;
+  // On one grid the tile's first C rows are x itself.
+  const bool x_in_tile = p.uses_x() && !blocked && !p.y.channels_last;
+  Buffer<A> alpha(ld), partial(blocked ? work.packed.inter * ld : 0);
+  const int64_t tiles = (v1 - v0 + ld - 1) / ld, step = round_up((v1 - v0 + tiles - 1) / tiles, 48);
+  for (int64_t v = v0; v < v1; v += step) {
+    const int64_t end = smaller(v + step, v1), len = end - v, next = smaller(end + step, v1);
     work.load_given(n, v, end);
-    Ahead ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
+
+    // All but the last block of the depth leave their sums in `partial`.
+    DepthBlock last{};
+    bool begun = false;
+    auto add_block = [&](const DepthBlock& b, const DepthBlock& after) {
+      work.load_block(b, n, v, end, work.input);
+      Ahead ahead;
+      work.fetch_block(after, n, v, end, ahead);
+      ahead.over(work.fetches(len, b.rows));
+      for_panels<A>(len, [&](auto nv, int64_t at) {
+        constexpr int NV = decltype(nv)::value;
+        for (int64_t i = 0; i < p.inter; i += kRows) {
+          Vec<A> acc[kRows][NV];
+          A* sums = partial + i * ld + at;
+          work.template begin_with_bias<NV>(i, acc);
+          if (begun)
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+              for (int j = 0; j < NV; ++j) acc[r][j] = load(sums + r * ld + j * kLanes<A>);
+          work.template product<NV>(i, at, b.k0, b.rows, acc, ahead);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+            for (int j = 0; j < NV; ++j) store(sums + r * ld + j * kLanes<A>, acc[r][j]);
+        }
+      });
+      begun = true;
+    };
+    if (blocked) {
+      work.for_blocks(layout.depth_block, [&](const DepthBlock& b) {
+        if (last.rows) add_block(last, b);
+        last = b;
+      });
+      work.load_block(last, n, v, end, work.input);
+    } else {
+      last = {true, 0, 0, 0, p.project ? K : 0};
+      work.load_input(n, v, end);
+    }
+
+    Ahead ahead;
+    if (blocked) {
+      bool first = true;
+      work.for_blocks(layout.depth_block, [&](const DepthBlock& b) {
+        if (first) work.fetch_block(b, n, end, next, ahead);
+        first = false;
+      });
+      ahead.over(work.fetches(len, last.rows));
+    } else {
+      ahead = work.next_tile(n, end, next, len);
+    }
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       Vec<A> logit[NV];
       for (int j = 0; j < NV; ++j) logit[j] = splat(psi_bias);
       for (int64_t i = 0; i < p.inter; i += kRows) {
         Vec<A> acc[kRows][NV];
-        work.template preactivation<NV>(i, at, acc, ahead);
+        work.template begin_with_bias<NV>(i, acc);
+        if (blocked)
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+            for (int j = 0; j < NV; ++j) acc[r][j] = load(partial + (i + r) * ld + at + j * kLanes<A>);
+        work.template product<NV>(i, at, last.k0, last.rows, acc, ahead);
+        if (!last.rows) ahead.fetch();
+        work.template add_given<NV>(i, at, acc);
         if (p.preact)
           for (int r = 0; r < kRows; ++r)
             for (int j = 0; j < NV; ++j) store(work.given + (i + r) * ld + at + j * kLanes<A>, acc[r][j]);
@@ -47,18 +123,13 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     std::memcpy(static_cast<A*>(p.alpha) + n * voxels + v, alpha, size_t(len) * sizeof(A));
     if (p.preact) store_tile<false, T>(p.preact, work.flat, n, v, end, static_cast<const A*>(work.given), ld);
     if (!write_y) continue;
-    if (p.y.channels_last) {  // the source's own rows, still in cache
-      const int64_t C = p.x.channels;
-      const T* from = sample_of<T>(p.x, n) + v * C;
-      T* to = sample_of<T>(p.y, n) + v * C;
-      for (int64_t i = 0; i < len; ++i)
-        for (int64_t c = 0; c < C; ++c) to[i * C + c] = from_acc<T>(to_acc(from[i * C + c]) * alpha[i]);
-    } else {
-      if (!x_in_tile) load_tile<T>(p.x, work.flat, n, v, end, x_rows, ld);
-      T* to = sample_of<T>(p.y, n) + v;
-      for (int64_t c = 0; c < p.x.channels; ++c)
-        for (int64_t i = 0; i < len; ++i) to[c * voxels + i] = from_acc<T>(x_rows[c * ld + i] * alpha[i]);
+    if (!x_in_tile) {
+      weigh_voxels<T>(p, n, v, len, static_cast<const A*>(alpha));
+      continue;
     }
+    T* to = sample_of<T>(p.y, n) + v;
+    for (int64_t c = 0; c < p.x.channels; ++c)
+      for (int64_t i = 0; i < len; ++i) to[c * voxels + i] = from_acc<T>(work.input[c * ld + i] * alpha[i]);
   }
 }
 

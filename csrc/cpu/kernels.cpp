@@ -24,10 +24,17 @@ void with_dtype(DType t, F&& f) {
 template <class A>
 Layout layout_of(const Problem& p, bool backward) {
   Layout l;
-  // Long rows make long runs of memory and deep weight-gradient products; the whole tile should stay in a
-  // core's L2.
-  const int64_t rows = p.depth() + p.x.channels + p.inter * (backward ? 2 : 1);
-  const int64_t fits = (int64_t(1536) << 10) / int64_t(sizeof(A)) / (rows > 0 ? rows : 1);
+  // Long rows make long runs of memory and deep weight-gradient products; all that a tile goes through should
+  // stay in a core's L2. Deep products go block by block: of the input, and of W beside it.
+  constexpr int64_t size = sizeof(A), deepest = 1024 / size;
+  const bool blocked = !backward && p.depth() > deepest;
+  l.depth_block = blocked ? deepest : p.depth();
+  int64_t rows = p.depth() + p.x.channels + p.inter * (backward ? 2 : 1), bytes = int64_t(1536) << 10;
+  if (blocked) {
+    rows = deepest + p.inter;
+    bytes = (int64_t(768) << 10) - p.inter * deepest * size;
+  }
+  const int64_t fits = bytes / size / (rows > 0 ? rows : 1);
   const int64_t most = fits < 96 ? 96 : fits > 384 ? 384 : fits, voxels = p.coarse.voxels();
   const int64_t tiles = voxels > 0 ? (voxels + most - 1) / most : 1;
   l.tile = round_up(voxels > 0 ? (voxels + tiles - 1) / tiles : 1, 48);

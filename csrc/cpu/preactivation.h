@@ -70,6 +70,12 @@ void pack_unit(const Problem& p, bool backward, int64_t u) {
 constexpr int64_t kStep =
     16;  // depth of the product between two looks ahead: a few lines at a time stall nothing
 
+// A part of the product's depth: channels [c0, c1) of x or g, which are its rows from k0 on.
+struct DepthBlock {
+  bool of_x;
+  int64_t c0, c1, k0, rows;
+};
+
 // What a thread holds while it goes through its tiles.
 template <class T>
 struct Worker {
@@ -80,38 +86,61 @@ struct Worker {
   const Patches patches;  // of x on the coarse grid
   const Patches flat;     // the coarse grid on itself
   const bool has_given;   // theta, phi or a stored s
-  Buffer<A> input;        // [K][ld]: patches of x, then g
+  Buffer<A> input;        // [rows][ld]: patches of x, then g, or one block of them
   Buffer<A> given;        // [I][ld]
   std::optional<Resizer<A>> phi;
 
   Worker(const Problem& p_, const Layout& layout, bool backward)
       : p(p_), ld(layout.tile), packed(p_, backward),
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
-        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)), input(p_.depth() * layout.tile),
+        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)),
+        input(smaller(p_.depth(), layout.depth_block) * layout.tile),
         given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
   }
 
-  void load_input(int64_t n, int64_t v0, int64_t v1) {
-    if (p.uses_x()) load_tile<T>(p.x, patches, n, v0, v1, static_cast<A*>(input), ld);
-    if (p.g) load_tile<T>(p.g, flat, n, v0, v1, input + p.rows_x() * ld, ld);
-    if (p.centre_x) subtract(static_cast<const A*>(p.centre_x), p.rows_x(), v1 - v0, input);
-    if (p.centre_g) subtract(static_cast<const A*>(p.centre_g), p.rows_g(), v1 - v0, input + p.rows_x() * ld);
+  // Calls f(first, count, k0) for blocks of at most `rows` rows of x, then of g: whole channels.
+  template <class F>
+  void for_blocks(int64_t rows, F&& f) const {
+    const int64_t taps = p.taps(), at_once = rows / taps > 0 ? rows / taps : 1;
+    for (int64_t c = 0; p.uses_x() && c < p.x.channels; c += at_once) {
+      const int64_t end = smaller(c + at_once, p.x.channels);
+      f(DepthBlock{true, c, end, c * taps, (end - c) * taps});
+    }
+    for (int64_t c = 0; c < p.rows_g(); c += rows) {
+      const int64_t end = smaller(c + rows, p.rows_g());
+      f(DepthBlock{false, c, end, p.rows_x() + c, end - c});
+    }
   }
-  void subtract(const A* centre, int64_t count, int64_t len, A* rows) const {
-    for (int64_t k = 0; k < count; ++k)
-      for (int64_t i = 0; i < len; i += kLanes<A>)
-        store(rows + k * ld + i, load(rows + k * ld + i) - centre[k]);
+  // Rows of a block into the tile's from `to` on.
+  void load_block(const DepthBlock& b, int64_t n, int64_t v0, int64_t v1, A* to) {
+    const Map& m = b.of_x ? p.x : p.g;
+    load_tile<T>(m, b.of_x ? patches : flat, n, v0, v1, b.c0, b.c1, to, ld);
+    const A* centre = static_cast<const A*>(b.of_x ? p.centre_x : p.centre_g);
+    if (!centre) return;
+    centre += b.k0 - (b.of_x ? 0 : p.rows_x());
+    for (int64_t k = 0; k < b.rows; ++k)
+      for (int64_t i = 0; i < v1 - v0; i += kLanes<A>)
+        store(to + k * ld + i, load(to + k * ld + i) - centre[k]);
+  }
+  void fetch_block(const DepthBlock& b, int64_t n, int64_t v0, int64_t v1, Ahead& ahead) const {
+    ahead.add<T>(b.of_x ? p.x : p.g, b.of_x ? patches : flat, n, v0, v1, b.c0, b.c1);
+  }
+  void load_input(int64_t n, int64_t v0, int64_t v1) {
+    for_blocks(p.depth(), [&](const DepthBlock& b) { load_block(b, n, v0, v1, input + b.k0 * ld); });
   }
 
+  // How often preactivation() fetches ahead in a tile of `len` voxels.
+  int64_t fetches(int64_t len, int64_t rows) const {
+    const int64_t panels = (len + kCols * kLanes<A> - 1) / (kCols * kLanes<A>);
+    return panels * ((p.inter + kRows - 1) / kRows) * (rows > 0 ? (rows + kStep - 1) / kStep : 1);
+  }
   // What the voxels [v0, v1) will read, to be fetched during the panels of a tile of `len` voxels.
   Ahead next_tile(int64_t n, int64_t v0, int64_t v1, int64_t len) const {
     Ahead ahead;
     if (p.dy && p.same_grid()) ahead.add<T>(p.dy, flat, n, v0, v1);
-    if (p.uses_x()) ahead.add<T>(p.x, patches, n, v0, v1);
-    if (p.g) ahead.add<T>(p.g, flat, n, v0, v1);
-    const int64_t panels = (len + kCols * kLanes<A> - 1) / (kCols * kLanes<A>);
-    ahead.over(panels * ((p.inter + kRows - 1) / kRows) * (p.project ? (p.depth() + kStep - 1) / kStep : 1));
+    for_blocks(p.depth(), [&](const DepthBlock& b) { fetch_block(b, n, v0, v1, ahead); });
+    ahead.over(fetches(len, p.project ? p.depth() : 0));
     return ahead;
   }
 
@@ -136,30 +165,46 @@ struct Worker {
       for (int64_t v = 0; v < padded; ++v) given[i * ld + v] += other[i * ld + v];
   }
 
-  // s of rows [i, i + kRows), NV vectors of voxels from v on.
+  // acc += W's rows [i, i + kRows), columns [k0, k0 + depth), times `depth` rows of the tile, NV vectors of
+  // voxels from v on.
   template <int NV>
-  inline __attribute__((always_inline)) void preactivation(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV],
-                                                           Ahead& ahead) const {
+  inline __attribute__((always_inline)) void product(int64_t i, int64_t v, int64_t k0, int64_t depth,
+                                                     Vec<A> (&acc)[kRows][NV], Ahead& ahead) const {
+    const int64_t block = i / kBlock<A> * kBlock<A>;
+    const A *w = packed.forward + block * p.depth() + (i - block) + k0 * kBlock<A>, *x = input + v;
+    for (int64_t k = 0; k < depth; k += kStep) {
+      multiply<A, NV>(w + k * kBlock<A>, kBlock<A>, x + k * ld, ld, smaller(kStep, depth - k), acc);
+      ahead.fetch();
+    }
+  }
+  template <int NV>
+  inline __attribute__((always_inline)) void begin_with_bias(int64_t i, Vec<A> (&acc)[kRows][NV]) const {
     const bool stored = p.preact && !p.project;  // a stored s holds the bias already
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
       for (int j = 0; j < NV; ++j) acc[r][j] = splat(stored ? A(0) : packed.bias[i + r]);
-    if (p.project) {
-      const int64_t block = i / kBlock<A> * kBlock<A>, depth = p.depth();
-      const A *w = packed.forward + block * depth + (i - block), *x = input + v;
-      for (int64_t k = 0; k < depth; k += kStep) {
-        multiply<A, NV>(w + k * kBlock<A>, kBlock<A>, x + k * ld, ld, smaller(kStep, depth - k), acc);
-        ahead.fetch();
-      }
-    } else {
-      ahead.fetch();
-    }
+  }
+  template <int NV>
+  inline __attribute__((always_inline)) void add_given(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV]) const {
     if (has_given)
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
         for (int j = 0; j < NV; ++j) acc[r][j] += load(given + (i + r) * ld + v + j * kLanes<A>);
+  }
+
+  // s of rows [i, i + kRows), NV vectors of voxels from v on, of a tile that holds all of the input.
+  template <int NV>
+  inline __attribute__((always_inline)) void preactivation(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV],
+                                                           Ahead& ahead) const {
+    begin_with_bias<NV>(i, acc);
+    if (p.project) {
+      product<NV>(i, v, 0, p.depth(), acc, ahead);
+    } else {
+      ahead.fetch();
+    }
+    add_given<NV>(i, v, acc);
   }
 };
 

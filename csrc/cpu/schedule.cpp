@@ -16,20 +16,24 @@ namespace {
 
 constexpr int64_t kBandBytes = int64_t(2) << 20;  // of x, for each thread
 
-int64_t tiles_per_sample(const Problem& p, const Layout& layout) {
-  return (p.coarse.voxels() + layout.tile - 1) / layout.tile;
-}
+// Pieces of `size` coarse voxels, counted through all samples, that the work is divided into. Backward's are
+// tiles, because sums are taken over them; forward's are smaller, so that threads get equal shares.
+struct Pieces {
+  int64_t size, voxels, per_sample;
+  Pieces(const Problem& p, int64_t size_)
+      : size(size_), voxels(p.coarse.voxels()), per_sample((voxels + size - 1) / size) {}
 
-// Calls f(n, v0, v1) for the runs of tiles [begin, end), which never cross a sample.
-template <class F>
-void for_runs(const Problem& p, const Layout& layout, int64_t begin, int64_t end, F&& f) {
-  const int64_t per = tiles_per_sample(p, layout);
-  for (int64_t t = begin; t < end;) {
-    const int64_t n = t / per, last = std::min(end, (n + 1) * per);
-    f(n, (t - n * per) * layout.tile, std::min((last - n * per) * layout.tile, p.coarse.voxels()));
-    t = last;
+  // Calls f(n, v0, v1) for the runs of pieces [begin, end), which never cross a sample.
+  template <class F>
+  void for_runs(int64_t begin, int64_t end, F&& f) const {
+    for (int64_t t = begin; t < end;) {
+      const int64_t n = t / per_sample, last = std::min(end, (n + 1) * per_sample);
+      f(n, (t - n * per_sample) * size, std::min((last - n * per_sample) * size, voxels));
+      t = last;
+    }
   }
-}
+};
+constexpr int64_t kForwardPiece = 48;  // whole panels of the micro-kernel, for every vector length
 
 template <class F>
 void parallel(int64_t begin, int64_t end, F&& f) {
@@ -62,12 +66,12 @@ struct OuterAxis {
         stride(depth ? p.stride.d : p.stride.h) {}
 };
 
-// Fine rows (through all samples) whose alpha rows are all done once `tiles` tiles are. One index of margin:
+// Fine rows (through all samples) whose alpha rows are all done once `count` pieces are. One index of margin:
 // the kernels compute source positions in their own precision.
-int64_t rows_ready(const Problem& p, const Layout& layout, int64_t tiles) {
+int64_t rows_ready(const Problem& p, const Pieces& pieces, int64_t count) {
   const OuterAxis axis(p);
-  const int64_t per = tiles_per_sample(p, layout), n = tiles / per;
-  const int64_t slabs = (tiles - n * per) * layout.tile / axis.coarse_voxels;
+  const int64_t per = pieces.per_sample, n = count / per;
+  const int64_t slabs = (count - n * per) * pieces.size / axis.coarse_voxels;
   int64_t done = 0;
   while (done < axis.fine &&
          resize_tap<double>(p.alpha_resize, done, axis.coarse, axis.fine).upper + 1 < slabs)
@@ -75,13 +79,13 @@ int64_t rows_ready(const Problem& p, const Layout& layout, int64_t tiles) {
   return (n * axis.fine + done) * axis.fine_rows;
 }
 
-// Fine rows that backward of the first `tiles` tiles reads (dfine) or adds to (dx).
-int64_t rows_needed(const Problem& p, const Layout& layout, int64_t tiles) {
+// Fine rows that backward of the first `count` pieces reads (dfine) or adds to (dx).
+int64_t rows_needed(const Problem& p, const Pieces& pieces, int64_t count) {
   const OuterAxis axis(p);
-  const int64_t per = tiles_per_sample(p, layout), n = tiles / per, rest = tiles - n * per;
+  const int64_t per = pieces.per_sample, n = count / per, rest = count - n * per;
   if (rest == 0) return n * axis.fine * axis.fine_rows;
   const int64_t slabs =
-      std::min(axis.coarse, (rest * layout.tile + axis.coarse_voxels - 1) / axis.coarse_voxels);
+      std::min(axis.coarse, (rest * pieces.size + axis.coarse_voxels - 1) / axis.coarse_voxels);
   int64_t need = std::min(axis.fine, slabs * axis.stride);
   while (need < axis.fine && resize_tap<double>(p.alpha_resize, need, axis.coarse, axis.fine).lower <= slabs)
     ++need;
@@ -100,7 +104,9 @@ int64_t units_per_band(const Problem& p, int64_t units) {
 
 }  // namespace
 
-int64_t tiles_of(const Problem& p, const Layout& layout) { return p.batch * tiles_per_sample(p, layout); }
+int64_t tiles_of(const Problem& p, const Layout& layout) {
+  return p.batch * Pieces(p, layout.tile).per_sample;
+}
 
 int64_t groups_of(const Problem& p, const Layout& layout) {
   const int64_t bytes = layout.partial_elements * (p.dtype == DType::f64 ? 8 : 4);
@@ -112,17 +118,20 @@ void run_forward(Problem p) {
   const Kernels& k = kernels();
   const Layout layout = k.layout(p, false);
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, false, b, e); });
-  const int64_t tiles = tiles_of(p, layout);
+  const Pieces pieces(p, kForwardPiece);
+  const int64_t count = p.batch * pieces.per_sample;
   const bool two_phases = p.y && !p.same_grid();
-  const int64_t step = two_phases ? units_per_band(p, tiles) : tiles;
+  const int64_t threads = torch::stable::get_num_threads();
+  // A band is a whole number of pieces for every thread.
+  const int64_t step = two_phases ? (units_per_band(p, count) + threads - 1) / threads * threads : count;
   int64_t rows_done = 0;
-  for (int64_t begin = 0; begin < tiles; begin += step) {
-    const int64_t end = std::min(begin + step, tiles);
+  for (int64_t begin = 0; begin < count; begin += step) {
+    const int64_t end = std::min(begin + step, count);
     parallel(begin, end, [&](int64_t b, int64_t e) {
-      for_runs(p, layout, b, e, [&](int64_t n, int64_t v0, int64_t v1) { k.forward(p, layout, n, v0, v1); });
+      pieces.for_runs(b, e, [&](int64_t n, int64_t v0, int64_t v1) { k.forward(p, layout, n, v0, v1); });
     });
     if (!two_phases) continue;
-    const int64_t ready = end == tiles ? p.batch * p.fine.d * p.fine.h : rows_ready(p, layout, end);
+    const int64_t ready = end == count ? p.batch * p.fine.d * p.fine.h : rows_ready(p, pieces, end);
     parallel_rows(p, rows_done, ready, [&](int64_t n, int64_t r0, int64_t r1) { k.apply(p, n, r0, r1); });
     rows_done = std::max(rows_done, ready);
   }
@@ -136,6 +145,7 @@ void run_apply(const Problem& p) {
 void run_backward(Problem p, const Layout& layout, int64_t groups) {
   const Kernels& k = kernels();
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, true, b, e); });
+  const Pieces pieces(p, layout.tile);
   const int64_t tiles = tiles_of(p, layout), all_rows = p.batch * p.fine.d * p.fine.h;
   const bool two_phases = p.dy && !p.same_grid();
   const int64_t step = two_phases ? units_per_band(p, groups) : groups;
@@ -143,7 +153,7 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
   for (int64_t begin = 0; begin < groups; begin += step) {
     const int64_t end = std::min(begin + step, groups);
     if (two_phases) {
-      const int64_t need = end == groups ? all_rows : rows_needed(p, layout, tiles * end / groups);
+      const int64_t need = end == groups ? all_rows : rows_needed(p, pieces, tiles * end / groups);
       parallel_rows(p, rows_done, need,
                     [&](int64_t n, int64_t r0, int64_t r1) { k.apply_backward(p, n, r0, r1); });
       rows_done = std::max(rows_done, need);
@@ -151,11 +161,10 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
     parallel(begin, end, [&](int64_t b, int64_t e) {
       for (int64_t g = b; g < e; ++g) {
         bool first = true;
-        for_runs(p, layout, tiles * g / groups, tiles * (g + 1) / groups,
-                 [&](int64_t n, int64_t v0, int64_t v1) {
-                   k.backward(p, layout, g, first, n, v0, v1);
-                   first = false;
-                 });
+        pieces.for_runs(tiles * g / groups, tiles * (g + 1) / groups, [&](int64_t n, int64_t v0, int64_t v1) {
+          k.backward(p, layout, g, first, n, v0, v1);
+          first = false;
+        });
       }
     });
   }

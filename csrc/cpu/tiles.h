@@ -105,23 +105,25 @@ inline void add_pairs(const A* even, const A* odd, A* dst, int64_t n, std::index
   for (; i < n; ++i) dst[2 * i] += even[i], dst[2 * i + 1] += odd[i];
 }
 
-// rows[(c * taps + tap) * ld + i] = map[c, patch of voxel v0 + i, tap]; zeros up to the next whole vector.
+// rows[((c - c0) * taps + tap) * ld + i] = map[c, patch of voxel v0 + i, tap] for the channels c0 <= c < c1;
+// zeros up to the next whole vector.
 template <class T, class A>
-void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, A* rows, int64_t ld) {
+void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, int64_t c0, int64_t c1,
+               A* rows, int64_t ld) {
   const int64_t taps = p.kernel.voxels(), len = v1 - v0, padded = round_up(len, kLanes<A>),
-                voxels = m.grid.voxels();
-  const T* base = sample_of<T>(m, n);
+                voxels = m.grid.voxels(), count = c1 - c0;
+  const T* base = sample_of<T>(m, n) + c0 * (m.channels_last ? 1 : voxels);
   if (padded > len)
-    for (int64_t r = 0; r < m.channels * taps; ++r)
+    for (int64_t r = 0; r < count * taps; ++r)
       for (int64_t i = len; i < padded; ++i) rows[r * ld + i] = A(0);
   if constexpr (std::is_same_v<T, A>) {
     if (!m.channels_last && p.kernel.w == 2 && p.stride.w == 2) {
-      for (int64_t c = 0; c < m.channels; ++c)
-        for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
+      for (int64_t c = 0; c < count; ++c)
+        for_row_pieces(p, v0, v1, [&](int64_t first, int64_t some, int64_t offset) {
           for_taps(p, [&](int64_t tap, int64_t step) {
             if (tap % 2) return;
             A* even = rows + (c * taps + tap) * ld + first;
-            split_pairs(base + c * voxels + offset + step, even, even + ld, count,
+            split_pairs(base + c * voxels + offset + step, even, even + ld, some,
                         std::make_index_sequence<kLanes<A>>{});
           });
         });
@@ -129,11 +131,11 @@ void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1
     }
   }
   if (!m.channels_last) {
-    for (int64_t c = 0; c < m.channels; ++c)
-      for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
+    for (int64_t c = 0; c < count; ++c)
+      for_row_pieces(p, v0, v1, [&](int64_t first, int64_t some, int64_t offset) {
         for_taps(p, [&](int64_t tap, int64_t step) {
           load_strided(base + c * voxels + offset + step, p.stride.w, rows + (c * taps + tap) * ld + first,
-                       count);
+                       some);
         });
       });
     return;
@@ -141,22 +143,27 @@ void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1
   // Channels last: a vector's worth of voxels at a time, converted if need be, then transposed.
   const int64_t C = m.channels;
   constexpr bool direct = std::is_same_v<T, A>;
-  Buffer<A> scratch(direct ? 0 : kLanes<A> * C);
-  for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
+  Buffer<A> scratch(direct ? 0 : kLanes<A> * count);
+  for_row_pieces(p, v0, v1, [&](int64_t first, int64_t piece, int64_t offset) {
     for_taps(p, [&](int64_t tap, int64_t step) {
-      for (int64_t i = 0; i < count; i += kLanes<A>) {
-        const int64_t some = smaller(kLanes<A>, count - i);
+      for (int64_t i = 0; i < piece; i += kLanes<A>) {
+        const int64_t some = smaller(kLanes<A>, piece - i);
         const T* src = base + (offset + step + i * p.stride.w) * C;
         A* dst = rows + tap * ld + first + i;
         if constexpr (direct) {
-          transpose(src, p.stride.w * C, some, C, dst, taps * ld);
+          transpose(src, p.stride.w * C, some, count, dst, taps * ld);
         } else {
-          for (int64_t k = 0; k < some; ++k) convert_row(src + k * p.stride.w * C, scratch + k * C, C);
-          transpose(static_cast<const A*>(scratch), C, some, C, dst, taps * ld);
+          for (int64_t k = 0; k < some; ++k)
+            convert_row(src + k * p.stride.w * C, scratch + k * count, count);
+          transpose(static_cast<const A*>(scratch), count, some, count, dst, taps * ld);
         }
       }
     });
   });
+}
+template <class T, class A>
+void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, A* rows, int64_t ld) {
+  load_tile<T>(m, p, n, v0, v1, 0, m.channels, rows, ld);
 }
 
 template <bool Add, class T, class A>
@@ -226,9 +233,13 @@ void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v
 // while the arithmetic does, where hardware prefetchers see only short runs, each on another page.
 class Ahead {
  public:
-  // Adds the voxels [v0, v1) of all channels, on the map's own grid.
+  // Adds the voxels [v0, v1) of the channels [c0, c1), of all of them by default.
   template <class T>
   void add(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1) {
+    add<T>(m, p, n, v0, v1, 0, m.channels);
+  }
+  template <class T>
+  void add(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, int64_t c0, int64_t c1) {
     if (v0 >= v1 || runs_ == kMost) return;
     auto voxel = [&](int64_t v) {
       const int64_t w = v % p.coarse.w, row = v / p.coarse.w;
@@ -237,12 +248,14 @@ class Ahead {
     };
     const int64_t first = voxel(v0), last = voxel(v1 - 1) + p.map.w * (p.kernel.h - 1) + p.kernel.w;
     const int64_t voxels = m.grid.voxels(), end = last < voxels ? last : voxels;
-    const T* base = sample_of<T>(m, n);
+    const bool whole = m.channels_last && c1 - c0 == m.channels;  // one piece of memory
+    const T* base = sample_of<T>(m, n) + (m.channels_last ? first * m.channels + c0 : c0 * voxels + first);
     Run& r = run_[runs_++];
-    r.stride = (m.channels_last ? 0 : voxels) * int64_t(sizeof(T));
-    r.rows = m.channels_last ? 1 : m.channels;
-    r.at = reinterpret_cast<const char*>(base + first * (m.channels_last ? m.channels : 1));
-    r.lines = ((end - first) * (m.channels_last ? m.channels : 1) * int64_t(sizeof(T)) + 63) / 64;
+    r.at = reinterpret_cast<const char*>(base);
+    r.stride = (m.channels_last ? m.channels : voxels) * int64_t(sizeof(T));
+    r.rows = whole ? 1 : m.channels_last ? end - first : c1 - c0;
+    const int64_t run = whole ? (end - first) * m.channels : m.channels_last ? c1 - c0 : end - first;
+    r.lines = (run * int64_t(sizeof(T)) + 63) / 64;
     total_ += r.rows * r.lines;
   }
   // Divides the work by the number of times that fetch() will be called.
