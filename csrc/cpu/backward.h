@@ -49,6 +49,70 @@ void project_back(const Worker<T>& work, const A* ds, int64_t k0, int64_t rows, 
   });
 }
 
+// Where the tile from voxel v of sample n on comes among all tiles.
+inline int64_t tile_at(const Problem& p, int64_t ld, int64_t n, int64_t v) {
+  return n * ((p.coarse.voxels() + ld - 1) / ld) + v / ld;
+}
+
+// panel[i * kPanel + r] = rows[r * ld + i], zeros behind the last row.
+template <class A>
+void turn_panel(const A* rows, int64_t ld, int64_t count, int64_t len, A* panel) {
+  transpose(rows, ld, count, len, panel, kPanel);
+  for (int64_t i = 0; count < kPanel && i < len; ++i)
+    for (int64_t r = count; r < kPanel; ++r) panel[i * kPanel + r] = A(0);
+}
+
+// sums[i][r] (+)= sum over the tile's voxels of ds_i * panel_r: both operands are turned, so that the voxels
+// are the depth of the product.
+template <class A>
+void add_weights(const Problem& p, const A* ds_t, int64_t ld, const A* panel, int64_t rows, int64_t len,
+                 bool first, A* sums) {
+  for (int64_t q = 0; q < rows; q += int64_t(kCols) * kLanes<A>)
+    for (int64_t i = 0; i < p.inter; i += kRows) {
+      const int64_t block = i / kBlock<A> * kBlock<A>;
+      Vec<A> acc[kRows][kCols];
+      A* to = sums + i * kPanel + q;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+        for (int j = 0; j < kCols; ++j) acc[r][j] = first ? Vec<A>{} : load(to + r * kPanel + j * kLanes<A>);
+      multiply<A, kCols>(ds_t + block * ld + (i - block), kBlock<A>, panel + q, kPanel, len, acc);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+        for (int j = 0; j < kCols; ++j) store(to + r * kPanel + j * kLanes<A>, acc[r][j]);
+    }
+}
+
+// Panels [begin, end) of dW = ds [x; g]^T over all voxels, from ds as the tiles have left it. Each panel's
+// rows of x or g are read by one thread, once.
+template <class T>
+void weight_panels(const Problem& p, const Layout& layout, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const int64_t ld = layout.tile, K = p.depth(), Ip = layout.weight_rows, voxels = p.coarse.voxels(),
+                rows_x = p.rows_x(), taps = p.taps();
+  const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
+                flat = same_grid_patches(p.coarse);
+  Buffer<A> rows(kPanel * ld), panel(kPanel * ld);
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t k0 = u * kPanel, k1 = smaller(k0 + kPanel, K), x1 = smaller(k1, rows_x);
+    bool first = true;
+    for (int64_t n = 0; n < p.batch; ++n)
+      for (int64_t v = 0; v < voxels; v += ld) {
+        const int64_t last = smaller(v + ld, voxels), from = k0 < rows_x ? 0 : k0 - rows_x;
+        if (k0 < x1) load_tile<T>(p.x, patches, n, v, last, k0 / taps, x1 / taps, static_cast<A*>(rows), ld);
+        if (k1 > rows_x)
+          load_tile<T>(p.g, flat, n, v, last, from, k1 - rows_x, rows + (k0 < x1 ? x1 - k0 : 0) * ld, ld);
+        centre_rows(p, k0, k1, last - v, ld, static_cast<A*>(rows));
+        turn_panel(static_cast<const A*>(rows), ld, k1 - k0, last - v, static_cast<A*>(panel));
+        add_weights<A>(p, static_cast<const A*>(p.turned) + tile_at(p, ld, n, v) * Ip * ld, ld,
+                       static_cast<const A*>(panel), k1 - k0, last - v, first,
+                       static_cast<A*>(p.partial) + k0 * Ip);
+        first = false;
+      }
+  }
+}
+
 template <class T>
 void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool begin, int64_t n, int64_t v0,
                     int64_t v1) {
@@ -62,11 +126,12 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
   if (apply && !same && p.dfine) alpha_resize.emplace(p.alpha_resize, p.coarse, p.fine, true);
   Buffer<A> alpha(ld), dlogit(ld), line(p.fine.w), ds(Ip * ld), dy(apply && same ? C * ld : 0);
   Buffer<A> own_x(apply && same && !x_in_tile ? C * ld : 0);
-  const bool weights = p.weight_grads && K > 0;
-  Buffer<A> ds_t(weights ? Ip * ld : 0), panel(weights ? kPanel * ld : 0), lane_sums(2 * Ip * kLanes<A>);
+  const bool weights = p.weight_grads && K > 0, apart = layout.weight_panels > 0;
+  Buffer<A> own_ds_t(weights && !apart ? Ip * ld : 0), panel(weights && !apart ? kPanel * ld : 0),
+      lane_sums(2 * Ip * kLanes<A>);
   A *bias_sums = lane_sums, *psi_sums = lane_sums + Ip * kLanes<A>;
   std::memset(lane_sums, 0, size_t(2 * Ip * kLanes<A>) * sizeof(A));
-  A* sums = static_cast<A*>(p.partial) + group * layout.partial_elements;
+  A* sums = static_cast<A*>(p.partial) + layout.group_at + group * layout.partial_elements;
   A db = 0;
   A* x_rows = x_in_tile ? static_cast<A*>(work.input) : static_cast<A*>(own_x);
 
@@ -143,33 +208,16 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
     });
     if (p.dtheta) store_tile<false, T>(p.dtheta, work.flat, n, v, end, static_cast<const A*>(ds), ld);
 
-    // dW += ds [x; g]^T, both operands turned so that the voxels are the depth of the product
+    // dW += ds [x; g]^T
     if (weights) {
+      A* ds_t = own_ds_t;
+      if (apart) ds_t = static_cast<A*>(p.turned) + tile_at(p, ld, n, v) * Ip * ld;
       for (int64_t i = 0; i < Ip; i += kBlock<A>)
         transpose(ds + i * ld, ld, kBlock<A>, len, ds_t + i * ld, kBlock<A>);
-      for (int64_t k = 0; k < K; k += kPanel) {
+      for (int64_t k = 0; k < K && !apart; k += kPanel) {
         const int64_t rows = smaller(kPanel, K - k);
-        transpose(work.input + k * ld, ld, rows, len, static_cast<A*>(panel), kPanel);
-        if (rows < kPanel)
-          for (int64_t i = 0; i < len; ++i)
-            for (int64_t r = rows; r < kPanel; ++r) panel[i * kPanel + r] = A(0);
-        for (int64_t q = 0; q < rows; q += int64_t(kCols) * kLanes<A>)
-          for (int64_t i = 0; i < I; i += kRows) {
-            const int64_t block = i / kBlock<A> * kBlock<A>;
-            Vec<A> acc[kRows][kCols];
-            A* to = sums + (k / kPanel * Ip + i) * kPanel + q;
-            const bool first = begin && v == v0;
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-              for (int j = 0; j < kCols; ++j)
-                acc[r][j] = first ? Vec<A>{} : load(to + r * kPanel + j * kLanes<A>);
-            multiply<A, kCols>(ds_t + block * ld + (i - block), kBlock<A>, panel + q, kPanel, len, acc);
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-              for (int j = 0; j < kCols; ++j) store(to + r * kPanel + j * kLanes<A>, acc[r][j]);
-          }
+        turn_panel(work.input + k * ld, ld, rows, len, static_cast<A*>(panel));
+        add_weights<A>(p, ds_t, ld, static_cast<const A*>(panel), rows, len, begin && v == v0, sums + k * Ip);
       }
     }
 

@@ -43,7 +43,19 @@ Layout layout_of(const Problem& p, bool backward) {
   l.pack_units = packed.inter / kBlock<A> + (backward ? packed.depth / kBlock<A> : 0) + 1;
   l.panel = kPanel;
   l.weight_rows = packed.inter;
-  l.bias_at = p.weight_grads ? packed.inter * round_up(p.depth(), kPanel) : 0;
+  const int64_t weight_elements = p.weight_grads ? packed.inter * round_up(p.depth(), kPanel) : 0;
+  const int64_t all_tiles = p.batch * ((voxels + l.tile - 1) / l.tile);
+  l.turned_elements = all_tiles * packed.inter * l.tile;
+  // Eight groups, the least there are, unless there are fewer tiles.
+  const bool apart =
+      backward && kPanel % p.taps() == 0 && l.turned_elements < (smaller(8, all_tiles) - 1) * weight_elements;
+  if (apart) {
+    l.weight_panels = (p.depth() + kPanel - 1) / kPanel;
+    l.group_at = weight_elements;
+  } else {
+    l.turned_elements = 0;
+  }
+  l.bias_at = apart ? 0 : weight_elements;
   l.psi_at = l.bias_at + packed.inter;
   l.psi_bias_at = l.psi_at + packed.inter;
   l.partial_elements = round_up(l.psi_bias_at + 1, 16);
@@ -77,9 +89,12 @@ void gather_dalpha(const Problem& p, int64_t n, int64_t v0, int64_t v1) {
 void gather_dphi(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
   with_dtype(p.dtype, [&](auto t) { gather_dphi_rows<decltype(t)>(p, n, r0, r1); });
 }
+void weights(const Problem& p, const Layout& l, int64_t begin, int64_t end) {
+  with_dtype(p.dtype, [&](auto t) { weight_panels<decltype(t)>(p, l, begin, end); });
+}
 template <class A>
 void reduce_groups(const Problem& p, const Layout& l, int64_t groups, int64_t begin, int64_t end) {
-  A* sum = static_cast<A*>(p.partial);
+  A* sum = static_cast<A*>(p.partial) + l.group_at;
   for (int64_t g = 1; g < groups; ++g)
     for (int64_t i = begin; i < end; ++i) sum[i] += sum[g * l.partial_elements + i];
 }
@@ -115,6 +130,7 @@ const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA) = {ATTN_GATE_STRING(ATTN_G
                                                          backward,
                                                          gather_dalpha,
                                                          gather_dphi,
+                                                         weights,
                                                          reduce,
                                                          moments_layout,
                                                          moments,

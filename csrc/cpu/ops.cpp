@@ -128,20 +128,23 @@ struct Call {
     p.weight_grads = weight_grads;
     layout = kernels().layout(p, true);
     const int64_t groups = empty() ? 1 : groups_of(p, layout);
-    partial = new_acc({groups * layout.partial_elements});
+    partial = new_acc({layout.group_at + groups * layout.partial_elements});
     p.partial = partial.mutable_data_ptr();
     if (empty()) {
       torch::stable::zero_(partial);
       return;
     }
     allocate_packed();
+    Tensor turned = new_acc({layout.turned_elements});
+    p.turned = turned.mutable_data_ptr();
     run_backward(p, layout, groups);
+    p.turned = nullptr;
   }
   // `count` elements of the sums from `at` on; empty where they aren't wanted.
   Tensor sum(bool wanted, int64_t at, int64_t count) const {
     if (!wanted) return no_acc();
     Tensor out = new_acc({count});
-    copy_sums(out, 0, at, count);
+    copy_sums(out, 0, layout.group_at + at, count);
     return out;
   }
   // Columns [k0, k0 + columns) of the weight gradient.

@@ -70,6 +70,18 @@ void pack_unit(const Problem& p, bool backward, int64_t u) {
 constexpr int64_t kStep =
     16;  // depth of the product between two looks ahead: a few lines at a time stall nothing
 
+// Takes the centres off rows [k0, k1) of the input, which lie in `rows`.
+template <class A>
+void centre_rows(const Problem& p, int64_t k0, int64_t k1, int64_t len, int64_t ld, A* rows) {
+  for (int64_t k = k0; k < k1; ++k, rows += ld) {
+    const bool of_x = k < p.rows_x();
+    const A* centres = static_cast<const A*>(of_x ? p.centre_x : p.centre_g);
+    if (!centres) continue;
+    const A centre = centres[of_x ? k : k - p.rows_x()];
+    for (int64_t i = 0; i < len; i += kLanes<A>) store(rows + i, load(rows + i) - centre);
+  }
+}
+
 // A part of the product's depth: channels [c0, c1) of x or g, which are its rows from k0 on.
 struct DepthBlock {
   bool of_x;
@@ -116,12 +128,7 @@ struct Worker {
   void load_block(const DepthBlock& b, int64_t n, int64_t v0, int64_t v1, A* to) {
     const Map& m = b.of_x ? p.x : p.g;
     load_tile<T>(m, b.of_x ? patches : flat, n, v0, v1, b.c0, b.c1, to, ld);
-    const A* centre = static_cast<const A*>(b.of_x ? p.centre_x : p.centre_g);
-    if (!centre) return;
-    centre += b.k0 - (b.of_x ? 0 : p.rows_x());
-    for (int64_t k = 0; k < b.rows; ++k)
-      for (int64_t i = 0; i < v1 - v0; i += kLanes<A>)
-        store(to + k * ld + i, load(to + k * ld + i) - centre[k]);
+    centre_rows(p, b.k0, b.k0 + b.rows, v1 - v0, ld, to);
   }
   void fetch_block(const DepthBlock& b, int64_t n, int64_t v0, int64_t v1, Ahead& ahead) const {
     ahead.add<T>(b.of_x ? p.x : p.g, b.of_x ? patches : flat, n, v0, v1, b.c0, b.c1);

@@ -67,6 +67,7 @@ struct Problem {
   // workspace, laid out by Layout below
   void* packed = nullptr;   // weights in the micro-kernel's order
   void* partial = nullptr;  // per group sums of the parameter gradients
+  void* turned = nullptr;   // ds of all tiles, turned, where the weight gradient is a pass of its own
 
   ATTN_GATE_INLINE int64_t taps() const { return kernel.voxels(); }
   ATTN_GATE_INLINE int64_t rows_x() const { return uses_x() ? x.channels * taps() : 0; }
@@ -107,6 +108,10 @@ struct Layout {
   // A group's sums: the weight gradient [I, K] in panels of `panel` columns, [K / panel][weight_rows][panel],
   // then d_bias [I], d_psi [I] and d_psi_bias [1].
   int64_t panel = 0, weight_rows = 0;
+  // Where the sums of all groups would outgrow ds: it is kept, [tiles][I][tile] turned, and the weight
+  // gradient is a pass of its own over `weight_panels` independent panels, after the tiles; its only sums
+  // then come first in `partial`, before group 0.
+  int64_t weight_panels = 0, turned_elements = 0, group_at = 0;
   int64_t bias_at = 0, psi_at = 0, psi_bias_at = 0;
   int64_t partial_elements = 0;
 };
@@ -130,6 +135,8 @@ struct Kernels {
   void (*gather_dalpha)(const Problem&, int64_t n, int64_t v0, int64_t v1);
   // Rows of the gating grid: dphi = resize^T(dtheta), all channels.
   void (*gather_dphi)(const Problem&, int64_t n, int64_t r0, int64_t r1);
+  // Panels [begin, end) of the weight gradient.
+  void (*weights)(const Problem&, const Layout&, int64_t begin, int64_t end);
   // Elements [begin, end) of a group: the sum over groups, in order, left in group 0.
   void (*reduce)(const Problem&, const Layout&, int64_t groups, int64_t begin, int64_t end);
 

@@ -168,6 +168,7 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
       }
     });
   }
+  parallel(0, layout.weight_panels, [&](int64_t b, int64_t e) { k.weights(p, layout, b, e); });
   constexpr int64_t piece = 4096;
   parallel(0, (layout.partial_elements + piece - 1) / piece, [&](int64_t b, int64_t e) {
     k.reduce(p, layout, groups, b * piece, std::min(e * piece, layout.partial_elements));
