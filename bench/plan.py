@@ -10,7 +10,7 @@ import torch
 from attn_gate import backends
 
 from .measure import Patience
-from .registry import CONFIGS, MODES, AnyConfig
+from .registry import CONFIGS, AnyConfig
 
 _ALL = ("attn_gate", "attn_gate-channels-last", "eager", "eager-channels-last", "compile", "onnxruntime",
         "openvino", "limit")  # fmt: skip
@@ -78,17 +78,19 @@ def quick() -> list[Group]:
 def full() -> list[Group]:
     """Under a quarter of an hour on two cores."""
     gates, sweeps, networks = _of("gate"), _of("sweep"), _of("network")
-    finest = ("same-256", "lee-256", "monai-96")
+    finest = ("same-256", "paper-256", "lee-256", "monai-96", "oktay-80", "keras-256")
+    weighed = ("same-256", "lee-256", "monai-96")
     memory_bound = ("same-256", "same-128", "paper-256", "same3d-96")
     ends = ("same-256", "same-32")
     counts = tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n < torch.get_num_threads())
     return [
-        Group(gates, gates, Patience(21, 5, 1.0), modes=tuple(MODES), providers=_ALL),
+        Group(gates, gates, Patience(21, 5, 1.0), providers=_ALL),
+        Group(finest, finest, Patience(15, 5, 0.5), modes=("forward", "backward")),
         Group(memory_bound, memory_bound, Patience(15, 5, 1.0), dtypes=("bfloat16",)),
         Group(sweeps, sweeps, Patience(15, 5, 1.0), providers=(*_PAIR, "limit")),
         *([Group(ends, ends, Patience(15, 5, 1.0), thread_counts=counts)] if counts else []),
-        Group(finest, finest, None, providers=(*_PAIR, "onnxruntime"), memory=True),
-        Group(networks, networks, Patience(5, 2, 6.0),
+        Group(weighed, weighed, None, providers=(*_PAIR, "onnxruntime"), memory=True),
+        Group(networks, networks, Patience(5, 2, 4.0),
               providers=("attn_gate", "attn_gate-compile", "eager", "compile")),
     ]  # fmt: skip
 
