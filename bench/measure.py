@@ -23,7 +23,7 @@ SHORT_MS = 20.0  # up to here a turn is several calls
 CALLS = 3
 # Up to here a turn begins with a call that isn't timed: the data of the one before is in the caches, and
 # memory that was given back meanwhile is slow to get again, above all in virtual machines.
-WARM_MS = 200.0
+WARM_MS = 100.0
 # Worker threads that aren't PyTorch's spin for a while after their call and take a core from the next one.
 PAUSE_S = 0.03
 

@@ -84,7 +84,7 @@ def full() -> list[Group]:
     ends = ("same-256", "same-32")
     counts = tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n < torch.get_num_threads())
     return [
-        Group(gates, gates, Patience(21, 5, 1.0), providers=_ALL),
+        Group(gates, gates, Patience(21, 4, 1.0), providers=_ALL),
         Group(finest, finest, Patience(15, 5, 0.5), modes=("forward", "backward")),
         Group(memory_bound, memory_bound, Patience(15, 5, 1.0), dtypes=("bfloat16",)),
         Group(sweeps, sweeps, Patience(15, 5, 1.0), providers=(*_PAIR, "limit")),

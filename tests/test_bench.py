@@ -273,8 +273,11 @@ class TestPlan:
 
     def test_nothing_is_measured_twice(self):
         jobs = plan.jobs(plan.full(), plan.Wanted(dtypes=["bfloat16"], thread_counts=[1]), "cpu")
-        timed = [job for job in jobs if job.patience is not None and job.config.kind == "gate"]
-        assert len({job.config.name for job in timed}) == len(timed)
+        timed = [job for job in jobs if job.patience is not None]
+        rows = [
+            (job.config.name, mode, name) for job in timed for mode in job.modes for name in job.providers
+        ]
+        assert len(set(rows)) == len(rows)
 
 
 class TestResults:
