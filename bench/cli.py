@@ -33,7 +33,7 @@ in docs/benchmark.md), report.html with plots, and table.md.
 EPILOG = """\
 examples:
   python -m attn_gate bench --quick                               a first look, within a minute
-  python -m attn_gate bench                                       everything, within a quarter of an hour
+  python -m attn_gate bench                                       everything: about a quarter of an hour
   python -m attn_gate bench --config lee,monai-96 --mode step     one family and one more gate, training only
   python -m attn_gate bench --config net                          whole networks
   python -m attn_gate bench --provider attn_gate,eager --dtype bfloat16

@@ -76,7 +76,7 @@ def quick() -> list[Group]:
 
 
 def full() -> list[Group]:
-    """Under a quarter of an hour on two cores."""
+    """About a quarter of an hour on two cores."""
     gates, sweeps, networks = _of("gate"), _of("sweep"), _of("network")
     finest = ("same-256", "paper-256", "lee-256", "monai-96", "oktay-80", "keras-256")
     weighed = ("same-256", "lee-256", "monai-96")
