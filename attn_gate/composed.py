@@ -1,8 +1,7 @@
 """The whole gate from the chain: PyTorch's convolutions make theta and phi, the chain's kernels do the rest.
 
 For backends with kernels for `gate` and `gate_logits` alone. theta and phi lie in memory between the two, in
-the
-maps' dtype; backward makes them again, or reads what forward stored: theta + phi where they lie on one
+the maps' dtype; backward makes them again, or reads what forward stored: theta + phi where they lie on one
 grid, else theta alone, since phi on g's grid costs little to make.
 """
 

@@ -314,14 +314,14 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gate_backward(const Ba
   constexpr int W = kWide<T>;
   const Chain& chain = p.chain;
   const int inter = chain.inter;
-  const bool fused = p.dy && (p.sums || p.dalpha_out) && !p.dfine, dlogits = p.sums || p.dalpha_out;
+  const bool dlogits = p.sums || p.dalpha_out;
   Shared shared;
   Tile& tile = *shared.take<Tile>(1);
   A* alpha = shared.take<A>(p.tiling.box);
-  A* dots = fused ? shared.take<A>(p.tiling.fine_box) : nullptr;
+  A* dots = p.keeps_dots() ? shared.take<A>(p.tiling.fine_box) : nullptr;
   A* dlogit = alpha;  // by then alpha has been used
   A* part = shared.take<A>(kThreads * W);
-  A* line = shared.take<A>(p.tiling.mode == Resize::identity ? 0 : kThreads * W);
+  A* line = shared.take<A>(p.dy && p.tiling.mode != Resize::identity ? kThreads * W : 0);
   A* cache = shared.take<A>(inter < kCachedPsi ? inter : kCachedPsi);
   A* sums = shared.take<A>(inter < kCachedPsi ? inter + 1 : 0);  // dpsi, dpsi_bias
   A* row = p.sums ? static_cast<A*>(p.sums) + int64_t(blockIdx.x) * (inter + 1) : nullptr;
@@ -349,6 +349,12 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gate_backward(const Ba
       } else {
         stream_voxels<1, T>(p, tile, alpha, line, dots);
       }
+    }
+    if (!p.dy && dots) {
+      const A* from = static_cast<const A*>(p.dfine) + tile.sample * p.fine.voxels();
+      for (int v = int(threadIdx.x); v < tile.fine.voxels(); v += kThreads)
+        dots[v] = __ldg(from + tile.fine.offset(p.fine, v));
+      __syncthreads();
     }
     if (dlogits) make_dlogit(p, tile, dots, dlogit);
     if (!p.sums) {

@@ -265,10 +265,11 @@ int64_t run(Call& call, Backward& p, bool needs_sums, const Given* given, Tensor
   Backward chain = p;
   chain.dy = chain.x = chain.dx = Map();
   if (needs_sums) chain.sums = &chain;
-  chain.chain.wide = given && given->allows_wide(call, true);
-  STD_TORCH_CHECK(plan_backward(chain, p.coarse, p.coarse, Resize::identity, true, call.element, call.wide,
-                                stream_wide, sm),
-                  "attn_gate: no tile fits into shared memory");
+  auto plan = [&](const Grid& fine) {
+    chain.chain.wide = given && given->allows_wide(call, fine == p.coarse);
+    return plan_backward(chain, p.coarse, fine, p.alpha_resize, true, call.element, call.wide, false, sm);
+  };
+  STD_TORCH_CHECK((p.dfine && plan(p.fine)) || plan(p.coarse), "attn_gate: no tile fits into shared memory");
   if (needs_sums) add_sums(chain);
   launch(chain, groups_of(chain));
   return groups_of(chain);

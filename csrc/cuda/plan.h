@@ -31,7 +31,7 @@ inline int64_t shared_bytes(const Backward& p, int element, int wide) {
              resized = p.tiling.mode != Resize::identity;
   return SharedBytes{element}
       .add(p.tiling.box)
-      .add(fused ? p.tiling.fine_box : 0)
+      .add(p.keeps_dots() ? p.tiling.fine_box : 0)
       .add(kThreads * wide)
       .add(resized ? kThreads * wide : 0)
       .add(std::min(p.chain.inter, kCachedPsi))
@@ -60,7 +60,9 @@ inline int64_t most_needed(const Axis& axis, int align) {
   const int64_t own = axis.by_coarse ? axis.tile : ceil_div(axis.tile * axis.coarse, axis.fine);
   return axis.tiles == 1 ? axis.coarse : std::min(axis.coarse, own + 3 + 2 * (align - 1));
 }
-inline int64_t most_fine(const Axis& axis) {
+inline int64_t most_fine(const Axis& axis, bool receives) {
+  if (receives && axis.tiles > 1 && axis.coarse != axis.fine)
+    return std::min(axis.fine, ceil_div((axis.tile + 2) * axis.fine, axis.coarse) + 2);
   if (!axis.by_coarse || axis.coarse == axis.fine) return std::min<int64_t>(axis.fine, axis.tile);
   return axis.tiles == 1 ? axis.fine : std::min(axis.fine, ceil_div(axis.tile * axis.fine, axis.coarse) + 2);
 }
@@ -69,7 +71,7 @@ inline int64_t most_fine(const Axis& axis) {
 // first: rows have no halo, and are read in whole sectors. `by_coarse`: cut all axes of the coarse grid.
 // multiple: of the tiles along w; align: of the coarse rows.
 inline Tiling tile_grid(const Grid& coarse, const Grid& fine, Resize mode, int64_t voxels, bool by_coarse,
-                        int multiple, int align) {
+                        bool receives, int multiple, int align) {
   Tiling t;
   if (coarse == fine) {
     t.w.coarse = t.w.fine = fine.voxels();
@@ -78,6 +80,7 @@ inline Tiling tile_grid(const Grid& coarse, const Grid& fine, Resize mode, int64
   }
   auto axis = [&](int64_t c, int64_t f) { return Axis{c, f, 1, 1, by_coarse || c > f}; };
   t.mode = mode;
+  t.receives = receives;
   t.align = align;
   t.d = axis(coarse.d, fine.d);
   t.h = axis(coarse.h, fine.h);
@@ -98,7 +101,7 @@ inline Tiling tile_grid(const Grid& coarse, const Grid& fine, Resize mode, int64
     return exact < std::numeric_limits<int>::max() ? int(exact) : std::numeric_limits<int>::max();
   };
   t.box = product(most_needed(t.d, 1), most_needed(t.h, 1), most_needed(t.w, align));
-  t.fine_box = product(most_fine(t.d), most_fine(t.h), most_fine(t.w));
+  t.fine_box = product(most_fine(t.d, t.receives), most_fine(t.h, t.receives), most_fine(t.w, t.receives));
   return t;
 }
 
@@ -139,7 +142,7 @@ inline void plan_forward(Forward& p, Resize mode, int element, int wide, bool ch
   for (int64_t voxels = same ? 1024 : 8192; voxels >= 32; voxels /= 2)
     for (int64_t slices = 1; slices == 1 || ceil_div(asked.x.channels, slices) >= fewest; slices *= 2) {
       Forward q = asked;
-      q.tiling = tile_grid(q.coarse, q.fine, mode, voxels, false, wide, align);
+      q.tiling = tile_grid(q.coarse, q.fine, mode, voxels, false, false, wide, align);
       q.slice = int(ceil_div(std::max<int64_t>(ceil_div(q.x.channels, slices), 1), wide) * wide);
       q.slices = int(std::max<int64_t>(ceil_div(q.x.channels, q.slice), 1));
       q.wide = stream_wide && fine_rows_aligned(q.tiling, wide);
@@ -156,13 +159,15 @@ inline void plan_forward(Forward& p, Resize mode, int element, int wide, bool ch
 
 // ------------------------------------------------------------------------------------------------ backward
 
-// The largest tiles that leave enough blocks; false where none fits into shared memory.
+// The largest tiles that leave enough blocks; false where none fits into shared memory. Tiles of the coarse
+// grid have all fine voxels that they receive from.
 inline bool plan_backward(Backward& p, const Grid& coarse, const Grid& fine, Resize mode, bool by_coarse,
                           int element, int wide, bool stream_wide, int processors) {
   bool found = false;
-  for (int64_t voxels = 1024; voxels >= 32; voxels /= 2) {
+  const bool receives = by_coarse && !(coarse == fine);
+  for (int64_t voxels = receives ? 8192 : 1024; voxels >= 32; voxels /= 2) {
     Backward q = p;
-    q.tiling = tile_grid(coarse, fine, mode, voxels, by_coarse, wide, 1);
+    q.tiling = tile_grid(coarse, fine, mode, voxels, by_coarse, receives, wide, 1);
     q.wide = stream_wide && fine_rows_aligned(q.tiling, wide);
     if (shared_bytes(q, std::max(element, 4), wide) > kMaxShared) continue;
     p = q;

@@ -42,6 +42,7 @@ struct Tiling {
   Axis d, h, w;
   Resize mode = Resize::identity;
   int box = 0, fine_box = 0;  // the most voxels that a tile needs of the coarse grid, and has of the fine one
+  bool receives = false;      // "has": all fine voxels that its coarse ones receive from, in the adjoint
   int align = 1;              // rows that a tile needs of the coarse grid begin and end at multiples of this
   ATTN_GATE_MEMBER int64_t tiles() const { return int64_t(d.tiles) * h.tiles * w.tiles; }
 };
@@ -89,6 +90,10 @@ struct Backward {
   int64_t batch = 0;
   Resize alpha_resize = Resize::identity;
   ATTN_GATE_MEMBER bool wants_dots() const { return sums || dalpha_out || dfine; }
+  // Whether a tile's part of dfine lies in shared memory: as streamed, or as read.
+  ATTN_GATE_MEMBER bool keeps_dots() const {
+    return dy ? (sums || dalpha_out) && !dfine : dfine && tiling.receives;
+  }
 };
 
 // dphi = resize^T(dtheta), where phi has a grid of its own.

@@ -30,7 +30,7 @@ struct Span {
 };
 
 template <class A>
-__device__ Span span_of(const Axis& axis, Resize mode, int64_t tile, int align) {
+__device__ Span span_of(const Axis& axis, Resize mode, int64_t tile, int align, bool receives) {
   const int64_t first = tile * axis.tile, last = first + axis.tile;
   const bool ends = tile + 1 == axis.tiles;
   if (mode == Resize::identity || axis.coarse == axis.fine) {
@@ -50,6 +50,12 @@ __device__ Span span_of(const Axis& axis, Resize mode, int64_t tile, int align) 
   } else {
     own = tile == 0 ? 0 : resize_tap<A>(mode, first, axis.coarse, axis.fine).lower;
     if (!ends) own_end = resize_tap<A>(mode, last, axis.coarse, axis.fine).lower;
+  }
+  if (receives) {
+    const int64_t before = mode == Resize::nearest || axis.coarse == axis.fine ? own : own - 1;
+    fine = first_output<A>(mode, before, axis.coarse, axis.fine);
+    fine_end = first_output<A>(mode, own_end, axis.coarse, axis.fine);
+    return {fine, own, own, int(fine_end - fine), int(own_end - own), int(own_end - own)};
   }
   int64_t need_end = own_end;
   if (fine_end > fine) {
@@ -72,7 +78,7 @@ __device__ void find_tile(const Tiling& tiling, int64_t index, Tile* tile) {
     const int d = row / tiling.h.tiles;
     const Axis& axis = tid == 0 ? tiling.d : tid == 1 ? tiling.h : tiling.w;
     const int here = tid == 0 ? d : tid == 1 ? row - d * tiling.h.tiles : within - row * tiling.w.tiles;
-    const Span span = span_of<A>(axis, tiling.mode, here, tid == 2 ? tiling.align : 1);
+    const Span span = span_of<A>(axis, tiling.mode, here, tid == 2 ? tiling.align : 1, tiling.receives);
     tile->sample = sample;
     for (int part = 0; part < 3; ++part) {
       Box& box = part == 0 ? tile->fine : part == 1 ? tile->own : tile->need;

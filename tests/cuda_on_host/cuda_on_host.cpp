@@ -235,6 +235,13 @@ std::vector<int> sequence_of(int threads) {
 
 }  // namespace
 
+bool inside_kernel() { return block.current >= 0; }
+
+bool on_fiber_stack(const void* address) {
+  const char *at = static_cast<const char*>(address), *stack = block.fibers[size_t(block.current)].stack;
+  return stack <= at && at < stack + kStack;
+}
+
 void launch(int64_t blocks, int threads, size_t shared, const std::function<void()>& kernel) {
   if (blocks < 1 || blocks > 0x7fffffff || threads % kWarp != 0 || threads > 1024) fail("bad launch");
   if (shared > (48 << 10)) fail("more shared memory than a block has without asking");

@@ -47,6 +47,8 @@ extern int64_t launches;  // counted for tests
 extern uint3 thread_index, block_index;
 extern dim3 grid_size;
 
+bool inside_kernel();
+bool on_fiber_stack(const void* address);
 void launch(int64_t blocks, int threads, size_t shared, const std::function<void()>& kernel);
 void barrier(int line);
 void* shared_piece(int index, size_t bytes);  // the block's index-th piece, the same for all threads

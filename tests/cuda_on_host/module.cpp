@@ -2,12 +2,25 @@
 // tests turn. Importing it registers the operators as torch.ops.attn_gate_cuda_host_kernels.*.
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
 #include "cuda_on_host.h"
+#include "trace.h"
 
 PYBIND11_MODULE(ON_HOST_MODULE, m) {
   m.def(
       "set_order", [](uint64_t order) { on_host::order = order; },
       "0: threads run in order, 1: in reverse; else in an order drawn from this seed");
   m.def("set_processors", [](int count) { on_host::processors = count; });
+#if defined(ON_HOST_TRACE)
+  m.def(
+      "take_sectors",
+      [] {
+        const auto sectors = std::make_pair(on_host::traced_loads, on_host::traced_stores);
+        on_host::traced_loads = on_host::traced_stores = 0;
+        return sectors;
+      },
+      "sectors of global memory that were loaded and stored since the last call");
+#endif
   m.def("launches", [] { return on_host::launches; }, "kernels launched so far");
 }

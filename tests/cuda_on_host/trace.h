@@ -1,9 +1,11 @@
 // Counting memory transactions: what trace.cpp does in the build for it, and nothing in all others.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 
 namespace on_host {
 #if defined(ON_HOST_TRACE)
+extern int64_t traced_loads, traced_stores;
 void trace_block_begins();
 void trace_block_ends();
 void trace_shared(int index, const void* data, size_t bytes);
