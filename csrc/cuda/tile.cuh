@@ -79,7 +79,7 @@ __device__ void find_tile(const Tiling& tiling, int64_t index, Tile* tile) {
     const Axis& axis = tid == 0 ? tiling.d : tid == 1 ? tiling.h : tiling.w;
     const int here = tid == 0 ? d : tid == 1 ? row - d * tiling.h.tiles : within - row * tiling.w.tiles;
     const Span span = span_of<A>(axis, tiling.mode, here, tid == 2 ? tiling.align : 1, tiling.receives);
-    tile->sample = sample;
+    if (tid == 0) tile->sample = sample;
     for (int part = 0; part < 3; ++part) {
       Box& box = part == 0 ? tile->fine : part == 1 ? tile->own : tile->need;
       const int64_t begin = part == 0 ? span.fine : part == 1 ? span.own : span.need;
