@@ -31,7 +31,12 @@ struct Shared {
 
 template <class P>
 void launch(void (*kernel)(P), int64_t blocks, size_t shared, void* stream, const P& params) {
-  kernel<<<unsigned(blocks), kThreads, shared, static_cast<cudaStream_t>(stream)> > >(params);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
