@@ -239,7 +239,7 @@ __device__ void chain_rows(const Backward& p, const Tile& tile, const A* psi, co
 #pragma unroll
       for (int k = 0; k < V; ++k) slope.v[k] = dlogit[u * V + k];
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int step = 0; step < chain.inter;
          step += split.rows) {  // all lanes go round as often: they exchange
       const int i = step + split.row;

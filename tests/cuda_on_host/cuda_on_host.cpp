@@ -50,7 +50,7 @@ namespace on_host {
 
 int processors = 2;
 uint64_t order = 0;
-int64_t launches = 0;
+std::vector<Launch> launches;
 uint3 thread_index{}, block_index{};
 dim3 grid_size{};
 
@@ -242,10 +242,11 @@ bool on_fiber_stack(const void* address) {
   return stack <= at && at < stack + kStack;
 }
 
-void launch(int64_t blocks, int threads, size_t shared, const std::function<void()>& kernel) {
+void launch(const char* params, int64_t blocks, int threads, size_t shared,
+            const std::function<void()>& kernel) {
   if (blocks < 1 || blocks > 0x7fffffff || threads % kWarp != 0 || threads > 1024) fail("bad launch");
   if (shared > (48 << 10)) fail("more shared memory than a block has without asking");
-  ++launches;
+  launches.push_back({params, blocks, shared});
   block.kernel = &kernel;
   block.threads = threads;
   block.shared_asked = shared;

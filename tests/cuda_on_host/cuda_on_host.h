@@ -22,6 +22,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <typeinfo>
+#include <vector>
 
 #include "cuda/problem.h"
 
@@ -41,15 +43,21 @@
 
 namespace on_host {
 
-extern int processors;    // what the kernels' launches take for the number of multiprocessors
-extern uint64_t order;    // 0: threads run in order, 1: in reverse; else in an order drawn from this seed
-extern int64_t launches;  // counted for tests
+extern int processors;  // what the kernels' launches take for the number of multiprocessors
+extern uint64_t order;  // 0: threads run in order, 1: in reverse; else in an order drawn from this seed
+struct Launch {
+  const char* params;  // the type of the kernel's parameters, as the compiler names it
+  int64_t blocks;
+  size_t shared;
+};
+extern std::vector<Launch> launches;  // since a test last took them
 extern uint3 thread_index, block_index;
 extern dim3 grid_size;
 
 bool inside_kernel();
 bool on_fiber_stack(const void* address);
-void launch(int64_t blocks, int threads, size_t shared, const std::function<void()>& kernel);
+void launch(const char* params, int64_t blocks, int threads, size_t shared,
+            const std::function<void()>& kernel);
 void barrier(int line);
 void* shared_piece(int index, size_t bytes);  // the block's index-th piece, the same for all threads
 void exchange(const void* mine, void* theirs, size_t bytes, int lane_mask, int line);
@@ -86,7 +94,7 @@ struct Shared {
 
 template <class P>
 void launch(void (*kernel)(P), int64_t blocks, size_t shared, void*, const P& params) {
-  on_host::launch(blocks, kThreads, shared, [&] { kernel(params); });
+  on_host::launch(typeid(P).name(), blocks, kThreads, shared, [&] { kernel(params); });
 }
 
 }  // namespace attn_gate::cuda

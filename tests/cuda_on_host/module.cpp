@@ -7,6 +7,8 @@
 #include "cuda_on_host.h"
 #include "trace.h"
 
+namespace py = pybind11;
+
 PYBIND11_MODULE(ON_HOST_MODULE, m) {
   m.def(
       "set_order", [](uint64_t order) { on_host::order = order; },
@@ -22,5 +24,14 @@ PYBIND11_MODULE(ON_HOST_MODULE, m) {
       },
       "sectors of global memory that were loaded and stored since the last call");
 #endif
-  m.def("launches", [] { return on_host::launches; }, "kernels launched so far");
+  m.def(
+      "take_launches",
+      [] {
+        py::list taken;
+        for (const auto& launch : on_host::launches)
+          taken.append(py::make_tuple(launch.params, launch.blocks, launch.shared));
+        on_host::launches.clear();
+        return taken;
+      },
+      "(type of the parameters, blocks, bytes of shared memory) of each kernel launched since the last call");
 }
