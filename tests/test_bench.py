@@ -35,7 +35,7 @@ from attn_gate.bench import (
 )
 from attn_gate.bench.case import Case
 from attn_gate.bench.device import CudaDevice, Device
-from attn_gate.bench.memory import allocated_peak, kept_bytes, resident_growth
+from attn_gate.bench.memory import allocated_peak, kept_bytes
 from attn_gate.bench.providers import PROVIDERS, Program, Provider, Work, module_program
 from attn_gate.bench.registry import CONFIGS, MODES, Config, NetworkConfig, select
 from attn_gate.bench.results import Results, Row, read
@@ -530,7 +530,10 @@ class TestMemory:
 
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc, which Linux has")
     def test_resident_counts_what_was_freed_again(self):
-        grown = resident_growth(lambda: torch.ones(2**24).sum())
+        code = """import torch; from attn_gate.bench.memory import resident_growth
+print(resident_growth(lambda: torch.ones(2**24).sum()))"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        grown = int(done.stdout)
         assert 0.8 * 2**26 <= grown <= 1.5 * 2**26
 
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc, which Linux has")
