@@ -77,7 +77,11 @@ def measure_case(
             for number, mode in enumerate(wanted):
                 works = {n: (p.works[mode], p.own_threads) for n, p in programs.items() if (mode, n) in rows}
                 times = {n: rows[mode, n].times_ms for n in works}
-                for part in interleave(works, device, patience, times):
+
+                def fail(name: str, error: Exception, mode: str = mode, rows: dict = rows) -> None:
+                    give_up([rows[mode, name]], "failed", _first_line(error))
+
+                for part in interleave(works, device, patience, times, fail):
                     on_progress(mode, start + share / 3 * (1 + 2 * (number + part) / len(wanted)))
         finally:
             on_rows([row for row in rows.values() if row.status != "measured" or row.times_ms])
@@ -96,13 +100,8 @@ def prepare(
     case: AnyCase, training: bool, provider: Provider, device: Device, rows: list[Row]
 ) -> Program | None:
     """The provider's program, results checked and memory counted; None, and why in its rows, if it fails."""
-
-    def give_up(status: str, note: str) -> None:
-        for row in rows:
-            row.status, row.note = status, note
-
     if reason := provider.why_not(case.device, case.dtype):
-        give_up("unavailable", reason)
+        give_up(rows, "unavailable", reason)
         return None
     try:
         program = provider.make(case, training)
@@ -112,13 +111,24 @@ def prepare(
                 row.worst, row.error, row.tolerance = verdict
             if not verdict.ok:
                 allowed = f"allowed {verdict.tolerance:.1e}"
-                give_up("wrong", f"{verdict.name} is off by {verdict.error:.1e}, {allowed}")
+                give_up(rows, "wrong", f"{verdict.name} is off by {verdict.error:.1e}, {allowed}")
                 return None
         _count_memory(program, device, rows)
     except Exception as error:  # another library's failure costs its own rows, not the run
-        give_up("failed", f"{type(error).__name__}: {error}".partition("\n")[0])
+        give_up(rows, "failed", _first_line(error))
         return None
     return program
+
+
+def give_up(rows: list[Row], status: str, note: str) -> None:
+    """Rows that get no times, or lose them, and why."""
+    for row in rows:
+        row.status, row.note = status, note
+        row.times_ms.clear()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _count_memory(program: Program, device: Device, rows: list[Row]) -> None:
@@ -136,39 +146,52 @@ def interleave(
     device: Device,
     patience: Patience,
     times: dict[str, list[float]],
+    on_failure: Callable[[str, Exception], None],
 ) -> Iterator[float]:
     """Give all their turns in random order; append ms to `times`, yield which part is done after each.
 
     works: with each, whether it has threads that may spin after its turn.
+    on_failure: one that raises gets no more turns.
     """
     shuffled = random.Random(0)
-    expected = {}
-    for name, (work, own_threads) in works.items():  # and warms up
-        expected[name] = device.time_ms(work.prepare, work.call)
-        _rest(own_threads)
+    working = dict(works)
+    expected: dict[str, float] = {}
+
+    def turn(name: str) -> list[float]:
+        work, own_threads = working[name]
+        calls = 1
+        if name in expected:
+            before = expected[name]
+            if before < WARM_MS:
+                before = min(before, device.time_ms(work.prepare, work.call))
+            calls = CALLS if before < SHORT_MS else 1
+        found = [device.time_ms(work.prepare, work.call) for _ in range(calls)]
+        expected[name] = min(found)
+        if own_threads:
+            time.sleep(PAUSE_S)
+        return [round(t, 5) for t in found]
+
+    def give_turns(names: list[str], keep: bool) -> None:
+        for name in names:
+            try:
+                found = turn(name)
+            except Exception as error:
+                del working[name]
+                on_failure(name, error)
+                continue
+            if keep:
+                times[name] += found
+
+    give_turns(list(working), keep=False)  # warms up
     start = time.perf_counter()
     with _without_gc():
         for round_ in range(patience.repeats):
             elapsed = time.perf_counter() - start
             if round_ >= patience.least and elapsed > patience.seconds:
                 return
-            for name in shuffled.sample(list(works), len(works)):
-                work, own_threads = works[name]
-                before = expected[name]
-                if before < WARM_MS:
-                    before = min(before, device.time_ms(work.prepare, work.call))
-                calls = CALLS if before < SHORT_MS else 1
-                turn = [device.time_ms(work.prepare, work.call) for _ in range(calls)]
-                times[name] += [round(t, 5) for t in turn]
-                expected[name] = min(turn)
-                _rest(own_threads)
+            give_turns(shuffled.sample(list(working), len(working)), keep=True)
             done = (round_ + 1) / patience.repeats
             yield min(1.0, max(done, (time.perf_counter() - start) / patience.seconds))
-
-
-def _rest(own_threads: bool) -> None:
-    if own_threads:
-        time.sleep(PAUSE_S)
 
 
 @contextlib.contextmanager

@@ -104,13 +104,17 @@ def jobs(groups: Iterable[Group], wanted: Wanted, device: str) -> Iterator[Job]:
             names = [name for name in wanted.configs if name in group.universe]
         for name in names:
             for dtype in wanted.dtypes or group.dtypes:
+                # Memory is a matter of the group's own providers: what compiles would do so at every batch.
+                providers = wanted.providers or _on(device, group.providers)
+                if group.patience is None:
+                    providers = [n for n in providers if n in group.providers]
                 for count in wanted.thread_counts or group.thread_counts or (torch.get_num_threads(),):
                     job = Job(
                         CONFIGS[name],
                         dtype,
                         count,
                         tuple(wanted.modes or group.modes),
-                        tuple(wanted.providers or _on(device, group.providers)),
+                        tuple(providers),
                         group.patience,
                         group.memory,
                     )

@@ -105,7 +105,11 @@ class Run:
         for name in usable:
             if "step" in PROVIDERS[name].modes:
                 advance(f"largest batch, {PROVIDERS[name].title}", 0.8)
-                fit = largest_batch(make_case, job.config, job.dtype, name, self.device, self.memory)
+                try:
+                    fit = largest_batch(make_case, job.config, job.dtype, name, self.device, self.memory)
+                except Exception as error:  # a provider's failure at some batch costs its own line
+                    self.console.print(f"largest batch of {name}: {error}".partition("\n")[0], style="yellow")
+                    continue
                 same = ("config", "dtype", "provider", "limit_bytes")
                 others = [f for f in self.results.fits if any(f[key] != fit[key] for key in same)]
                 self.results.fits = [*others, fit]

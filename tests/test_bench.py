@@ -165,6 +165,24 @@ class TestRun:
         assert found == {"eager": "measured", "planted": "failed"}
         assert "RuntimeError: unsupported operator" in capsys.readouterr().out
 
+    def test_a_provider_that_fails_while_it_is_measured_gets_no_time(self, monkeypatch, tmp_path, capsys):
+        calls = []
+
+        def call() -> None:
+            calls.append(1)
+            if len(calls) == 4:
+                raise RuntimeError("out of something")
+
+        plant(monkeypatch, lambda case, training: Program({"inference": Work(call)}, counts_peak=False))
+        args = ("--provider", "planted,eager", "--config", "same-8", "--mode", "inference")
+        assert bench(tmp_path, *args) == 1
+        found = {row["provider"]: row for row in load(tmp_path)["rows"]}
+        assert found["planted"]["status"] == "failed" and found["planted"]["times_ms"] == []
+        assert len(found["eager"]["times_ms"]) == 2 * measure.CALLS
+        assert (
+            "planted: failed at same-8 inference: RuntimeError: out of something" in capsys.readouterr().out
+        )
+
     def test_what_is_missing_is_no_failure(self, monkeypatch, tmp_path, capsys):
         missing = Provider("planted", "planted", lambda case, training: None, packages=("no_such_package",))
         monkeypatch.setitem(PROVIDERS, "planted", missing)
