@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .registry import AnyConfig
 from .results import Results
-from .tables import three_digits
+from .tables import milliseconds, three_digits
 
 _OTHERS = ("eager", "compile", "onnxruntime", "openvino")
 _NAMES = {"eager": "eager", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -47,7 +47,7 @@ def _speeds(results: Results, config: str, mode: str, others: Sequence[str]) -> 
         return ""
     speeds = [results.speedup(config, mode, "attn_gate", over=name) for name in others]
     text = " / ".join("–" if s is None else f"{s:.1f}" if s >= 2 else f"{s:.2f}" for s in speeds)
-    return f"{text} ({three_digits(ours.median_ms)} ms)"
+    return f"{text} ({milliseconds(ours)} ms)"
 
 
 def _kept(results: Results, config: AnyConfig) -> str:
