@@ -5,7 +5,6 @@ One list of checks per backend serves the silent choice of "auto" and the error 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -51,9 +50,9 @@ def _why_not_cuda(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
-    if not _triton_is_installed():
+    if not _TRITON_IS_INSTALLED:
         return "triton isn't installed (`pip install triton`; CUDA and ROCm builds of torch bring it)"
-    if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and triton_runs_on_cpu()):
+    if device.type not in ("cuda", "xpu") and not (device.type == "cpu" and TRITON_RUNS_ON_CPU):
         return f"the Triton kernels run on GPUs; the tensors are on {device}"
     if dtype == torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16; got float64"
@@ -63,20 +62,15 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def triton_runs_on_cpu() -> bool:
-    """Whether Triton's driver is replaced by one for the CPU, for tests: by its interpreter, or by a tool."""
-    return any(os.environ.get(name) == "1" for name in ("TRITON_INTERPRET", "ATTN_GATE_TRITON_CPU"))
+# Asked once: torch.compile traces the choice, and these are nothing for a graph.
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+# Triton's driver is replaced by one for the CPU, for tests: by its interpreter, or by another tool.
+TRITON_RUNS_ON_CPU = "1" in (os.environ.get("TRITON_INTERPRET"), os.environ.get("ATTN_GATE_TRITON_CPU"))
 
 
 def device_of(backend: str) -> str:
     """The kind of device that tests and `verify` run this backend on."""
-    on_gpu = backend == "cuda" or (backend == "triton" and not triton_runs_on_cpu())
+    on_gpu = backend == "cuda" or (backend == "triton" and not TRITON_RUNS_ON_CPU)
     return "cuda" if on_gpu else "cpu"
 
 

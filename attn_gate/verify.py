@@ -77,7 +77,11 @@ def run(args: argparse.Namespace) -> int:
         for subject in (*OPERATORS, *MODULES)
         for backend in chosen
         for dtype in dtypes
+        if not backends.BACKENDS[backend].why_not(torch.device(backends.device_of(backend)), DTYPES[dtype])
     ]
+    if not rows:
+        print(f"attn_gate verify: {', '.join(chosen)} can't compute {', '.join(dtypes)}", file=sys.stderr)
+        return 2
     with _progress(len(rows)) as advance:
         for row in rows:
             advance(f"{row.subject}, {row.backend}, {row.dtype}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from matrix import BACKENDS, DTYPES, EDGES, LARGE, LAYOUTS, compare, recomputes
 
-from attn_gate import functional, reference
+from attn_gate import backends, functional, reference
 from attn_gate._library import ops
 from attn_gate.cases import CASES, OPERATORS
 from attn_gate.judge import judge
@@ -17,6 +17,8 @@ from attn_gate.judge import judge
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("case", CASES + EDGES, ids=lambda case: case.name)
 def test_small(case, operator, dtype, backend):
+    if reason := backends.BACKENDS[backend].why_not(torch.device(backends.device_of(backend)), dtype):
+        pytest.skip(reason)
     for options in recomputes(operator):
         for layout in LAYOUTS:
             compare(case, operator, dtype, layout, backend=backend, **options)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix import results
+from matrix import EDGES, LARGE, LAYOUTS, compare, recomputes, results
 
 from attn_gate import backends, functional
-from attn_gate.cases import CASES
+from attn_gate.cases import CASES, OPERATORS
 
 HERE = Path(__file__).parent
 
@@ -51,10 +51,13 @@ def test_triton_is_imported_by_the_first_call_only():
 
 def test_cpu_tensors_need_a_driver_for_the_cpu(monkeypatch):
     x, alpha = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 3, 4)
-    backends.triton_runs_on_cpu.cache_clear()
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "TRITON_RUNS_ON_CPU", False)
     with pytest.raises(ValueError, match="run on GPUs; the tensors are on cpu"):
         functional.apply_attention(x, alpha, backend="triton")
+
+
+def test_compiled_and_exported_graphs_say_who_computes():
+    assert output_of(python("triton_graphs.py", TRITON_INTERPRET="1")) == "whole\n"
 
 
 def test_float64_is_left_to_others():
@@ -66,6 +69,17 @@ def test_float64_is_left_to_others():
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 _CASE = next(case for case in CASES if case.name == "paper 3D")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", CASES + EDGES + LARGE, ids=lambda case: case.name)
+def test_the_matrix_is_right_on_a_gpu(case, dtype):
+    for operator in OPERATORS:
+        for options in recomputes(operator):
+            for layout in LAYOUTS:
+                compare(case, operator, dtype, layout, backend="triton", **options)
 
 
 @pytest.mark.gpu

@@ -32,6 +32,7 @@ class Blocks:
         elements: of a [channels, voxels] tile in registers where nothing is multiplied as a matrix.
         depth, inter: channels, and inner channels, that a matrix product takes at a time (BK, BI).
         warps, stages: Triton's num_warps and num_stages.
+        programs: at least so many fit a multiprocessor of NVIDIA's at once, by their registers.
     """
 
     voxels: int
@@ -40,16 +41,33 @@ class Blocks:
     inter: int = 128
     warps: int = 4
     stages: int = 2
+    programs: int = 2
 
 
 # The first of each list runs where nothing is timed. None spills registers on any GPU it was compiled for:
 # bench/triton_resources.csv.
-CHAIN = (Blocks(256), Blocks(128), Blocks(512, 4096, warps=8), Blocks(256, 4096, warps=8))
-_WHOLE = (Blocks(128, warps=8), Blocks(64), Blocks(128, depth=64, warps=8))
-_WHOLE_BACKWARD = (Blocks(64, depth=16, warps=8), Blocks(32), Blocks(64, depth=64, warps=8))
+CHAIN = (
+    Blocks(256),
+    Blocks(128),
+    Blocks(512, 4096, warps=8),
+    Blocks(256, 4096, warps=8),
+)
+_WHOLE = (
+    Blocks(128, warps=8, programs=1),
+    Blocks(64),
+    Blocks(128, depth=64, warps=8, programs=1),
+)
+_WHOLE_BACKWARD = (
+    Blocks(64, depth=16, warps=8, programs=1),
+    Blocks(32),
+    Blocks(64, depth=64, warps=8, programs=1),
+)
 # Of float32 by three products each operand takes twice the registers.
-_WHOLE_FLOAT32 = (Blocks(64, depth=16, inter=64, warps=8), Blocks(32, depth=16, inter=64, warps=8))
-_WHOLE_BACKWARD_FLOAT32 = (Blocks(64, depth=16, inter=64, warps=8), Blocks(32, depth=16, inter=64, warps=8))
+_WHOLE_FLOAT32 = (
+    Blocks(64, depth=16, inter=64, warps=8, programs=1),
+    Blocks(32, depth=16, inter=64, warps=8, programs=1),
+)
+_WHOLE_BACKWARD_FLOAT32 = _WHOLE_FLOAT32
 
 
 def whole(t: Tensor) -> tuple[Blocks, ...]:
@@ -131,7 +149,19 @@ def options(blocks: Blocks) -> dict[str, int | bool]:
     No contraction of a * b + c: in the butterfly of a sum it makes the lanes' results differ in the last bit,
     and then the lane whose store comes last would decide. Matrix products are not concerned.
     """
-    return {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": False}
+    found = {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": False}
+    target = _target()
+    if target is not None and target.backend == "cuda":
+        # Left alone, ptxas may spill a little to have one program more on a multiprocessor.
+        found["maxnreg"] = min(255, 2**16 // (32 * blocks.warps) // blocks.programs)
+    elif target is not None and target.warp_size == 64:
+        found["num_warps"] = max(1, blocks.warps // 2)  # as many lanes, and all registers for them
+    return found
+
+
+def _target() -> Any:
+    """What is compiled for; None in the interpreter."""
+    return None if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target()
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager:
@@ -148,9 +178,9 @@ def precision(t: Tensor) -> str:
     if t.dtype != torch.float32:
         return "ieee"
     allowed = torch.backends.cuda.matmul.allow_tf32
-    if triton.knobs.runtime.interpret:
+    target = _target()
+    if target is None:
         return "tf32" if allowed else "ieee"
-    target = triton.runtime.driver.active.get_current_target()
     if target.backend == "cuda" and target.arch >= 80:
         return "tf32" if allowed else "tf32x3"
     return "tf32" if allowed and target.arch == "gfx942" else "ieee"

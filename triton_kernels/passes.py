@@ -30,6 +30,8 @@ from .launch import Blocks
 from .parameters import project_kernel, spread_kernel, sum_kernel, weights_kernel
 
 ONE = (1, 1, 1)
+# Elements of a sample from which offsets take 64 bits; lanes beyond the end must not wrap around.
+WIDE_FROM = 2**31 - 2**20
 
 
 @dataclass
@@ -42,7 +44,6 @@ class Problem:
         alpha_resize, phi_resize: R -> S, Q -> R.
         kernel, stride: of theta's convolution.
         full: through sigmoid and multiply; else up to the logits.
-        wide: 64-bit offsets also where 32 bits would do.
     """
 
     like: Tensor
@@ -65,7 +66,6 @@ class Problem:
     kernel: Grid = ONE
     stride: Grid = ONE
     full: bool = True
-    wide: bool = False
 
     @property
     def project(self) -> bool:
@@ -96,7 +96,7 @@ class Problem:
         """The type of indices inside a sample."""
         largest = max(self.channels, self.inter, self.g.shape[1] if self.g is not None else 1)
         voxels = max(math.prod(grid) for grid in (self.fine, self.coarse, self.gating))
-        return tl.int64 if self.wide or largest * voxels >= 2**31 - 2**16 else tl.int32
+        return tl.int64 if largest * voxels >= WIDE_FROM else tl.int32
 
     def key(self, *more: object) -> tuple:
         """The class of shapes that block sizes are chosen for."""
