@@ -44,8 +44,8 @@ class Blocks:
     programs: int = 2
 
 
-# The first of each list runs where nothing is timed. None spills registers on any GPU it was compiled for:
-# bench/triton_resources.csv.
+# The first of each list runs where nothing is timed; bench/triton_resources.csv says what it takes of each
+# GPU: none spills registers. The others only run where they were the faster ones.
 CHAIN = (
     Blocks(256),
     Blocks(128),

@@ -113,16 +113,17 @@ def _last(t: Tensor | None) -> bool:
     return t is not None and is_channels_last(t)
 
 
-def _block(elements: int, voxels: int, channels: int) -> int:
-    """Channels of a tile."""
-    return max(1, min(elements // voxels, power_of_two(channels)))
+def _block(elements: int, voxels: int, channels: int, t: Tensor | None) -> int:
+    """Channels of a tile of t: no less than a memory sector of 32 bytes where they lie together."""
+    least = 32 // t.element_size() if _last(t) else 1
+    return min(max(least, elements // voxels), power_of_two(channels))
 
 
 def _blocks_of_inter(p: Problem, blocks: Blocks, voxels: int) -> int:
     """BI: all of I up to a limit for matrix products, which take no less than 16."""
     if p.project:
         return max(16, min(power_of_two(p.inter), blocks.inter))
-    return _block(blocks.elements, voxels, p.inter)
+    return _block(blocks.elements, voxels, p.inter, p.theta)
 
 
 def _sizes(p: Problem) -> dict:
@@ -189,8 +190,8 @@ def run_forward(p: Problem, y: Tensor | None, alpha: Tensor, preact: Tensor | No
             p.x, p.g, p.theta, p.phi, p.theta_weight, p.phi_weight, p.bias, p.psi, p.psi_bias,
             target, alpha, preact, scratch,
             blocks=blocks, **_options(p, tiles), **_by_axis("own_", tiles.own),
-            BI=_blocks_of_inter(p, blocks, voxels), BK=_depth(p, blocks), BC=_block(blocks.elements, fine,
-            p.channels),
+            BI=_blocks_of_inter(p, blocks, voxels), BK=_depth(p, blocks),
+            BC=_block(blocks.elements, fine, p.channels, p.x),
             BF=fine, THETA_CL=_last(p.theta),
         )  # fmt: skip
         if target is not y:
@@ -220,7 +221,7 @@ def run_apply(p: Problem, alpha: Tensor, y: Tensor, blocks: Blocks) -> None:
     launch.start(
         apply_kernel, p.samples * tiles.total, p.x, alpha, y, tiles=tiles.total, blocks=blocks,
         **sizes, **_by_axis("scale_", p.alpha_resize.scale),
-        BC=_block(blocks.elements, voxels, p.channels), BF=voxels, X_CL=_last(p.x),
+        BC=_block(blocks.elements, voxels, p.channels, p.x), BF=voxels, X_CL=_last(p.x),
         **dict(zip(("MODE_D", "MODE_H", "MODE_W"), p.alpha_resize.modes, strict=True)), OFFSET=p.offset(),
     )  # fmt: skip
 
@@ -331,8 +332,8 @@ def _backward(
         total_tiles=total, room=room, columns=columns, at_phi=at[1], at_bias=at[2], at_psi=at[3],
         at_psi_bias=at[4],
         **_by_axis("reach_", p.alpha_resize.reach),
-        BI=_blocks_of_inter(p, blocks, voxels), BK=_depth(p, blocks), BC=_block(blocks.elements, fine,
-        p.channels),
+        BI=_blocks_of_inter(p, blocks, voxels), BK=_depth(p, blocks),
+        BC=_block(blocks.elements, fine, p.channels, p.x),
         BF=fine, DY_CL=_last(dy), THETA_CL=_last(p.theta if preact is None else preact),
         DS_CL=_last(p.x if p.project else p.theta),
         PROJECT=p.project, THROUGH=through, SPLIT=split, GAPS=_gaps(p),
@@ -433,7 +434,7 @@ def run_spread(p: Problem, slopes: Tensor, out: Tensor) -> None:
     blocks = launch.CHAIN[2]
     tiles = runs(p.gating, blocks.voxels)
     voxels = math.prod(tiles.shape)
-    bi = _block(blocks.elements, voxels, p.inter)
+    bi = _block(blocks.elements, voxels, p.inter, slopes)
     count = -(-p.inter // bi)
     if p.empty or p.inter == 0:
         return
