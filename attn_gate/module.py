@@ -42,9 +42,9 @@ class AttentionGate(nn.Module):
 
     Layers: theta, phi, psi (convolutions); theta_norm, phi_norm, psi_norm, phi_tail and W (output transform:
     convolution W[0], norm W[1]), each None where the spec has none. Hooks on them are called: a layer with
-    hooks, a norm in training mode, and what else the fused operators can't take (`gate.fusion(x)` says what
-    and why) runs as it is in PyTorch, and the rest is fused. Batch norms in eval mode are folded into the
-    weights.
+    hooks, a norm over instances or groups, and what else the fused operators can't take (`gate.fusion(x, g)`
+    says what and why) runs as it is in PyTorch, and the rest is fused. Batch norms are folded into the
+    weights: in eval mode always, in training mode where that pays, or as `recompute` says.
 
     Raises:
         ValueError, TypeError: arguments out of range, unknown fields.
