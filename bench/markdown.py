@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .registry import AnyConfig
 from .results import Results
-from .tables import milliseconds, three_digits
+from .tables import NOISY, milliseconds, three_digits
 
 _OTHERS = ("eager", "compile", "onnxruntime", "openvino")
 _NAMES = {"eager": "eager", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -41,13 +41,19 @@ def _lines(results: Results, config: str) -> bool:
 
 
 def _speeds(results: Results, config: str, mode: str, others: Sequence[str]) -> str:
-    """attn_gate's time, and how many times faster it is than each of these."""
+    """How many times faster attn_gate is than each of these, and its time; NOISY marks what says little."""
     ours = results.find(config, mode, "attn_gate")
     if ours is None:
         return ""
-    speeds = [results.speedup(config, mode, "attn_gate", over=name) for name in others]
-    text = " / ".join("–" if s is None else f"{s:.1f}" if s >= 2 else f"{s:.2f}" for s in speeds)
-    return f"{text} ({milliseconds(ours)} ms)"
+    speeds = []
+    for name in others:
+        other = results.find(config, mode, name)
+        if other is None:
+            speeds.append("–")
+            continue
+        speed = other.median_ms / ours.median_ms
+        speeds.append((NOISY if other.summary.noisy else "") + f"{speed:.{1 if speed >= 2 else 2}f}")
+    return f"{' / '.join(speeds)} ({milliseconds(ours)} ms)"
 
 
 def _kept(results: Results, config: AnyConfig) -> str:
