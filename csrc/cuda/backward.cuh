@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gate_backward(const Ba
 // dphi = resize^T(dtheta), for contiguous dtheta a voxel of phi's grid a lane, for channels-last a channel a
 // lane.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) phi_backward(const PhiBackward p) {
+__global__ void __launch_bounds__(kThreads, 2) phi_backward(const PhiBackward p) {
   using A = Acc<T>;
   const int64_t voxels = p.gating.voxels(), tiles = (voxels + 31) / 32;
   const int64_t n = int64_t(blockIdx.x) / tiles, first = (int64_t(blockIdx.x) - n * tiles) * 32;

@@ -1,0 +1,39 @@
+"""bench/cuda_kernels.md is true, and within what the kernels promise."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+from cuda_on_host import build, table
+
+pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not() or "-")
+
+
+@pytest.fixture(scope="module")
+def written():
+    """The file's rows, by their words."""
+    rows = [line.strip("| \n").split(" | ") for line in table.FILE.read_text().splitlines() if "|" in line]
+    return {tuple(word for word in row if not re.match(r"[\d-]", word)): row for row in rows}
+
+
+def test_traffic(written):
+    """At most 1.10 times what must move forward, and 1.15 backward."""
+    for key, (ratio, shared) in table.traffic().items():
+        assert ratio <= (1.10 if key[0] == "forward" else 1.15), (key, ratio)
+        row = written[key]
+        assert row[4] == f"{ratio:.3f}" and row[5] == str(shared), (key, ratio, shared, row)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("architecture", table.ARCHITECTURES)
+def test_registers(architecture, written):
+    """No local memory, no spills, and registers as written (nvcc 13.0; others may differ by a few)."""
+    at = 2 + table.ARCHITECTURES.index(architecture)
+    for (kernel, dtype, _), (registers, local) in table.resources((architecture,)).items():
+        assert local == 0, (kernel, dtype)
+        assert abs(registers - int(written[kernel, dtype][at])) <= 8, (kernel, dtype, registers)
+        most = 128 if dtype == "float64" or kernel == "phi_backward" else 80
+        assert registers <= most, (kernel, dtype, registers)

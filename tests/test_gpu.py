@@ -1,0 +1,77 @@
+"""The CUDA kernels on a real GPU: the matrix, repeatability, CUDA graphs, a second device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matrix import DTYPES, EDGES, LARGE, LAYOUTS, compare, recomputes, results
+
+from attn_gate import backends, functional
+from attn_gate.cases import CASES, OPERATORS
+
+
+def why_not() -> str:
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return backends.BACKENDS["cuda"].why_not(torch.device("cuda"), torch.float32)
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("case", CASES + EDGES, ids=lambda case: case.name)
+def test_small(case, operator):
+    for dtype in DTYPES:
+        for options in recomputes(operator):
+            for layout in LAYOUTS:
+                compare(case, operator, dtype, layout, backend="cuda", **options)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_large(case, layout):
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(case, "gate", dtype, layout, backend="cuda")
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_same_bits_on_every_run(case):
+    tensors = case.inputs("gate", device="cuda")
+    first, *others = (
+        results(functional.gate, tensors, backend="cuda", **case.options("gate")) for _ in range(4)
+    )
+    for other in others:
+        assert all(torch.equal(other[name], t) for name, t in first.items())
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=lambda case: case.name)
+def test_captured_in_a_graph(case):
+    """Forward and backward are captured, and follow the inputs when they are replayed."""
+    tensors = {name: t.requires_grad_() for name, t in case.inputs("gate", device="cuda").items()}
+
+    def step():
+        y, alpha = functional.gate(**tensors, backend="cuda", **case.options("gate"))
+        return (y, *torch.autograd.grad(y.square().sum() + alpha.sum(), list(tensors.values())))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for t in tensors.values():
+            t.mul_(0.5)
+    graph.replay()
+    assert all(torch.equal(found, exact) for found, exact in zip(captured, step(), strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_device():
+    """While the first is the current one."""
+    case = CASES[9]
+    expected = results(functional.gate, case.inputs("gate", device="cuda:0"), backend="cuda")
+    found = results(functional.gate, case.inputs("gate", device="cuda:1"), backend="cuda")
+    assert all(torch.equal(found[name].cpu(), t.cpu()) for name, t in expected.items())
