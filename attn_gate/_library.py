@@ -16,6 +16,12 @@ from torch import Tensor
 _DIRECTORY = Path(os.environ.get("ATTN_GATE_LIBRARY_DIR") or Path(__file__).parent)
 
 
+@functools.cache
+def build_info() -> dict[str, str]:
+    """What CMake wrote beside the libraries when it built them."""
+    return json.loads((_DIRECTORY / "_build_info.json").read_text())
+
+
 def _load() -> tuple[bool, str]:
     """Loads _C and, where this torch can use it, _C_cuda: returns whether it did, and if not, why."""
     cpu = _DIRECTORY / "_C.abi3.so"
@@ -36,6 +42,9 @@ def _load() -> tuple[bool, str]:
         return False, "attn_gate was built without CUDA kernels (`python -m attn_gate info` says why)"
     if torch.version.cuda is None:
         return False, f"torch {torch.__version__} is not a CUDA build"
+    nvcc = build_info()["nvcc"]
+    if int(nvcc.partition(".")[0]) > int(torch.version.cuda.partition(".")[0]):
+        return False, f"the CUDA kernels were built by CUDA {nvcc}, torch is of CUDA {torch.version.cuda}"
     try:
         torch.ops.load_library(cuda)
     except OSError as error:
@@ -45,12 +54,6 @@ def _load() -> tuple[bool, str]:
 
 has_cuda_library, why_no_cuda_library = _load()
 ops = torch.ops.attn_gate
-
-
-@functools.cache
-def build_info() -> dict[str, str]:
-    """What CMake wrote beside the libraries when it built them."""
-    return json.loads((_DIRECTORY / "_build_info.json").read_text())
 
 
 def cpu_isa() -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 
 def why_not(built: str, capability: tuple[int, int]) -> str:
     """Why kernels built for these don't run on a GPU of this compute capability; empty where they do.
@@ -21,7 +19,9 @@ def why_not(built: str, capability: tuple[int, int]) -> str:
 
 
 def _runs(entry: str, capability: tuple[int, int]) -> bool:
-    major, minor, kind, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry).groups()
+    number, _, ptx = entry.partition("+")  # no regular expression: torch.compile traces this
+    kind = number[-1] if number[-1] in "af" else ""
+    major, minor = number.rstrip("af").split(".")
     version = (int(major), int(minor))
     if kind == "a":
         return capability == version

@@ -45,8 +45,8 @@ def _why_not_cuda(device: torch.device, dtype: torch.dtype) -> str:
         return _library.why_no_cuda_library or f"the tensors are on {device}"
     if not torch.cuda.is_available():
         return ""  # fake tensors: nothing will run
-    built = _library.build_info()["cuda_architectures"]
-    return architectures.why_not(built, torch.cuda.get_device_capability(device))
+    gpu = torch.cuda.get_device_properties(device)  # a constant for torch.compile, which traces this
+    return architectures.why_not(_CUDA_ARCHITECTURES, (gpu.major, gpu.minor))
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
@@ -57,13 +57,14 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16; got float64"
     if device.type == "cuda" and torch.version.cuda and torch.cuda.is_available():
-        if torch.cuda.get_device_capability(device) < (8, 0):
+        if torch.cuda.get_device_properties(device).major < 8:
             return f"Triton needs compute capability 8.0 or newer; {device} has less"
     return ""
 
 
 # Asked once: torch.compile traces the choice, and these are nothing for a graph.
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+_CUDA_ARCHITECTURES = _library.build_info()["cuda_architectures"]
 # Triton's driver is replaced by one for the CPU, for tests: by its interpreter, or by another tool.
 TRITON_RUNS_ON_CPU = "1" in (os.environ.get("TRITON_INTERPRET"), os.environ.get("ATTN_GATE_TRITON_CPU"))
 

@@ -86,7 +86,15 @@ def _project(
     t: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Sequence[int] | int = 1
 ) -> Tensor:
     bias = None if bias is None else bias.to(t.dtype)
-    return reference.convolution(t.ndim - 2)(t, weight.to(t.dtype), bias, stride=stride)
+    if 0 in weight.shape[:2]:  # sums over nothing, which PyTorch refuses or leaves as memory was
+        axes = t.ndim - 2
+        strides = [stride] * axes if isinstance(stride, int) else stride
+        grid = [(n - k) // s + 1 for n, k, s in zip(t.shape[2:], weight.shape[2:], strides, strict=True)]
+        sums = t.new_zeros((t.shape[0], weight.shape[0], *grid))
+        return sums if bias is None else sums.add_(bias.view(-1, *[1] * axes))
+    # Backward may be called under autocast, which is not the one that forward saw.
+    with torch.autocast(t.device.type, enabled=False):
+        return reference.convolution(t.ndim - 2)(t, weight.to(t.dtype), bias, stride=stride)
 
 
 def _maps(
@@ -137,7 +145,10 @@ def _project_bwd(
 ) -> list[Tensor]:
     """The gradients of t, weight and bias, in t's layout and the parameters' dtype."""
     found: Sequence[Tensor | None] = (None, None, None)
-    if any(wanted):
+    if any(wanted) and 0 in weight.shape[:2]:
+        over = [0, *range(2, t.ndim)]
+        found = torch.zeros_like(t), torch.zeros_like(weight), slope.sum(over, dtype=weight.dtype)
+    elif any(wanted):
         axes = len(stride)
         found = torch.ops.aten.convolution_backward(
             slope, t, weight.to(t.dtype), [weight.shape[0]], list(stride), [0] * axes, [1] * axes, False,

@@ -110,8 +110,8 @@ class CudaDevice(Device):
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,
             "gpu_bytes": properties.total_memory,
-            "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
-            "convolution_tf32": torch.backends.cudnn.allow_tf32,
+            "matmul_tf32": torch.backends.cuda.matmul.fp32_precision == "tf32",
+            "convolution_tf32": torch.backends.cudnn.conv.fp32_precision == "tf32",
         }
 
 

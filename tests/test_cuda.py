@@ -156,6 +156,36 @@ def test_no_voxels_and_no_channels():
         assert_close(run("gate", tensors), results(functional.gate, tensors, backend="cpu"))
 
 
+@pytest.mark.parametrize("gating", [0, 3])
+@pytest.mark.parametrize("channels,inter", [(0, 2), (3, 0), (0, 0), (3, 2)])
+def test_whole_gates_without_channels(channels, inter, gating):
+    tensors = {
+        "x": torch.randn(2, channels, 4, 6),
+        "g": torch.randn(2, gating, 4, 6),
+        "theta_weight": torch.randn(inter, channels, 2, 2),
+        "phi_weight": torch.randn(inter, gating, 1, 1),
+        "psi_weight": torch.randn(1, inter, 1, 1),
+        "bias": torch.randn(inter),
+        "psi_bias": torch.randn(1),
+    }
+    for recompute in (True, False):
+        options = {"stride": 2, "recompute": recompute}
+        expected = results(functional.attention_gate, tensors, backend="cpu", **options)
+        assert_close(run("attention_gate", tensors, **options), expected)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_backward_under_an_autocast_that_forward_did_not_see(recompute):
+    tensors = RESIZED.inputs("attention_gate")
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    options = {**RESIZED.options("attention_gate"), "recompute": recompute, "backend": backend.NAME}
+    y, _ = functional.attention_gate(**leaves, **options)
+    expected = torch.autograd.grad(y.sum(), list(leaves.values()), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y.sum(), list(leaves.values()))
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize("case", [SAME, RESIZED, NEAREST], ids=lambda case: case.name)
 @of_all_operators
 def test_gradients_that_nobody_asked_for_spoil_nothing(case, operator):
@@ -294,3 +324,14 @@ def test_architectures(built, capability, runs):
     assert bool(reason) != runs
     if reason:
         assert f'TORCH_CUDA_ARCH_LIST="{capability[0]}.{capability[1]}"' in reason
+
+
+def test_torch_compile_traces_the_architectures():
+    """On a GPU the choice of the backend is part of what is compiled."""
+
+    def traced(t):
+        fits = not architectures.why_not("8.0 9.0a 12.0+PTX", (12, 1))
+        return t + 1 if fits and architectures.why_not("8.0 9.0a", (12, 1)) else t - 1
+
+    t = torch.zeros(1)
+    assert torch.equal(torch.compile(traced, fullgraph=True, backend="eager")(t), t + 1)

@@ -74,4 +74,5 @@ def test_second_device():
     case = CASES[9]
     expected = results(functional.gate, case.inputs("gate", device="cuda:0"), backend="cuda")
     found = results(functional.gate, case.inputs("gate", device="cuda:1"), backend="cuda")
-    assert all(torch.equal(found[name].cpu(), t.cpu()) for name, t in expected.items())
+    for name, t in expected.items():  # another GPU has other tiles, whose sums round differently
+        torch.testing.assert_close(found[name].cpu(), t.cpu())

@@ -1,16 +1,17 @@
 """The matrix on Triton's interpreter: TRITON_INTERPRET=1 python tests/triton_matrix.py PART PARTS
 
-Every case and operator in the part, dtypes and layouts in turn; prints how many were compared. A process of
-its own, for kernels are interpreted or compiled as the environment says when they are imported.
+Every case and operator in the part, dtypes, layouts and block sizes in turn; prints how many were compared. A
+process of its own, for kernels are interpreted or compiled as the environment says when they are imported.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
 import triton_repairs
-from attn_gate.triton_kernels import passes
+from attn_gate.triton_kernels import launch, passes
 from matrix import EDGES, LAYOUTS, compare, recomputes
 
 from attn_gate.cases import CASES, OPERATORS, GateCase
@@ -37,6 +38,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    turns = itertools.count()
+    launch.tuned = lambda key, device, choices, run: run(choices[next(turns) % len(choices)])
     count, compared, layouts, narrow = 0, 0, list(LAYOUTS), passes.WIDE_FROM
     for case in CASES + EDGES + SEVERAL_TILES:
         for operator in OPERATORS:

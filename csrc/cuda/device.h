@@ -11,6 +11,7 @@
 #else
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/Exception.h>
 
 namespace attn_gate::cuda {
 
@@ -32,12 +33,15 @@ struct Shared {
 template <class P>
 void launch(void (*kernel)(P), int64_t blocks, size_t shared, void* stream, const P& params) {
   cudaLaunchConfig_t config{};
+  STD_TORCH_CHECK(blocks <= 0x7fffffff, "attn_gate: ", blocks, " blocks are too many for one launch");
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
+  // Our runtime is a static one, whose last error PyTorch doesn't clear: it would spoil the next launch.
+  if (error != cudaSuccess) (void)cudaGetLastError();
+  STD_CUDA_CHECK(error);
 }
 
 }  // namespace attn_gate::cuda

@@ -161,6 +161,7 @@ void run(Call& call, Forward& p, Resize mode, bool chain_wide) {
   const bool stream_wide =
       call.allows_wide(p.x, last, p.fine, same) && call.allows_wide(p.y, last, p.fine, same);
   plan_forward(p, mode, call.element, call.wide, chain_wide, stream_wide, processors());
+  STD_TORCH_CHECK(p.tiling.box > 0, "attn_gate: no tile of these grids fits into shared memory");
   launch_forward(p, call.dtype, call.stream);
 }
 

@@ -106,10 +106,15 @@ inline Tiling tile_grid(const Grid& coarse, const Grid& fine, Resize mode, int64
 }
 
 // Whether every tile's fine rows begin and end at multiples of `wide`, where the coarse grid is cut.
-inline bool fine_rows_aligned(const Tiling& t, int wide) {
+// In the kernel's precision, double for doubles: it must find the same voxels.
+inline bool fine_rows_aligned(const Tiling& t, int wide, int element) {
   if (!t.w.by_coarse || t.w.coarse == t.w.fine) return true;
-  for (int i = 0; i < t.w.tiles; ++i)
-    if (first_output<float>(t.mode, int64_t(i) * t.w.tile, t.w.coarse, t.w.fine) % wide) return false;
+  for (int i = 0; i < t.w.tiles; ++i) {
+    const int64_t lower = int64_t(i) * t.w.tile;
+    const int64_t first = element == 8 ? first_output<double>(t.mode, lower, t.w.coarse, t.w.fine)
+                                       : first_output<float>(t.mode, lower, t.w.coarse, t.w.fine);
+    if (first % wide) return false;
+  }
   return true;
 }
 
@@ -145,7 +150,7 @@ inline void plan_forward(Forward& p, Resize mode, int element, int wide, bool ch
       q.tiling = tile_grid(q.coarse, q.fine, mode, voxels, false, false, wide, align);
       q.slice = int(ceil_div(std::max<int64_t>(ceil_div(q.x.channels, slices), 1), wide) * wide);
       q.slices = int(std::max<int64_t>(ceil_div(q.x.channels, q.slice), 1));
-      q.wide = stream_wide && fine_rows_aligned(q.tiling, wide);
+      q.wide = stream_wide && fine_rows_aligned(q.tiling, wide, element);
       q.chain.wide = chain_wide;
       if (shared_bytes(q, std::max(element, 4), wide) > kMaxShared) break;
       const double blocks = double(q.batch * q.tiling.tiles() * q.slices), wanted = 4.0 * processors;
@@ -168,7 +173,7 @@ inline bool plan_backward(Backward& p, const Grid& coarse, const Grid& fine, Res
   for (int64_t voxels = receives ? 8192 : 1024; voxels >= 32; voxels /= 2) {
     Backward q = p;
     q.tiling = tile_grid(coarse, fine, mode, voxels, by_coarse, receives, wide, 1);
-    q.wide = stream_wide && fine_rows_aligned(q.tiling, wide);
+    q.wide = stream_wide && fine_rows_aligned(q.tiling, wide, element);
     if (shared_bytes(q, std::max(element, 4), wide) > kMaxShared) continue;
     p = q;
     found = true;
