@@ -27,8 +27,7 @@ inline int64_t shared_bytes(const Forward& p, int element, int wide) {
 }
 
 inline int64_t shared_bytes(const Backward& p, int element, int wide) {
-  const bool fused = p.dy && (p.sums || p.dalpha_out) && !p.dfine,
-             resized = p.tiling.mode != Resize::identity;
+  const bool resized = p.tiling.mode != Resize::identity;
   return SharedBytes{element}
       .add(p.tiling.box)
       .add(p.keeps_dots() ? p.tiling.fine_box : 0)
