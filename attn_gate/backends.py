@@ -64,7 +64,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
 
 # Asked once: torch.compile traces the choice, and these are nothing for a graph.
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
-_CUDA_ARCHITECTURES = _library.build_info()["cuda_architectures"]
+_CUDA_ARCHITECTURES = _library.build_info()["cuda_architectures"] if _library.has_cuda_library else ""
 # Triton's driver is replaced by one for the CPU, for tests: by its interpreter, or by another tool.
 TRITON_RUNS_ON_CPU = "1" in (os.environ.get("TRITON_INTERPRET"), os.environ.get("ATTN_GATE_TRITON_CPU"))
 

@@ -55,6 +55,13 @@ inline Activation activation_of(const std::string& name) {
   return Activation::relu;
 }
 
+// Grids of no voxels can't be resized to others, nor others to them.
+template <class Grid>
+inline void check_resizable(const Grid& from, const Grid& to, const char* name) {
+  STD_TORCH_CHECK((from.voxels() == 0) == (to.voxels() == 0), "attn_gate: ", name, " has a grid of ",
+                  from.voxels(), " voxels, which can't be resized to ", to.voxels());
+}
+
 enum class Storage { contiguous, channels_last, other };
 inline Storage storage_of(const Tensor& t) {
   if (t.is_contiguous()) return Storage::contiguous;

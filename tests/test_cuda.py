@@ -8,6 +8,7 @@ import pytest
 import torch
 from cuda_on_host import backend, build
 from matrix import DTYPES, EDGES, LARGE, LAYOUTS, compare, recomputes, results
+from raw_operators import refuses_what_does_not_fit
 from torch.testing import assert_close
 
 from attn_gate import architectures, functional, reference
@@ -274,30 +275,7 @@ def test_more_weights_than_shared_memory_holds(inter):
 
 
 def test_raw_operators_check_what_reaches_memory():
-    ops = torch.ops.attn_gate_cuda_host_kernels
-    x, theta, weight = torch.randn(1, 2, 3, 3), torch.randn(1, 4, 3, 3), torch.randn(4)
-    modes = ("linear", "linear", "relu")
-    y, alpha = ops.gate_fwd(x, theta, None, weight, None, *modes)
-    for bad in (
-        (x.double(), theta, None, weight, None, *modes),
-        (x.long(), theta, None, weight, None, *modes),
-        (x[0], theta, None, weight, None, *modes),
-        (x, theta[:, :2], None, weight, None, *modes),
-        (x, theta.expand(2, -1, -1, -1), None, weight, None, *modes),
-        (x, theta, x, weight, None, *modes),
-        (x, theta, None, weight.double(), None, *modes),
-        (x, theta, None, weight[:3], None, *modes),
-        (x, theta, None, weight, weight, *modes),
-        (x, theta, None, weight, None, "linear", "linear", "tanh"),
-        (x, theta[:, :, :1], None, weight, None, "linear", "cubic", "relu"),
-        (x, theta[:, :, :0], None, weight, None, *modes),
-        (x, theta, theta[:, :, :0], weight, None, *modes),
-    ):
-        with pytest.raises(RuntimeError, match="attn_gate: "):
-            ops.gate_fwd(*bad)
-    for dy, dalpha in ((y[:, :1], None), (y.double(), None), (None, alpha[..., :2]), (None, alpha.double())):
-        with pytest.raises(RuntimeError, match="attn_gate: "):
-            ops.gate_bwd(dy, dalpha, x, theta, None, weight, alpha, *modes, 31)
+    refuses_what_does_not_fit(torch.ops.attn_gate_cuda_host_kernels)
 
 
 # ---------------------------------------------------------------------------------------------- architectures

@@ -12,12 +12,6 @@
 namespace attn_gate::cpu {
 namespace {
 
-// Grids of no voxels can't be resized to others, nor others to them.
-void check_resizable(const Grid& from, const Grid& to, const char* name) {
-  STD_TORCH_CHECK((from.voxels() == 0) == (to.voxels() == 0), "attn_gate: ", name, " has a grid of ",
-                  from.voxels(), " voxels, which can't be resized to ", to.voxels());
-}
-
 // A call under way: the problem, and the tensors that its pointers lie in.
 struct Call {
   Problem p;
