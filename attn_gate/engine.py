@@ -36,10 +36,14 @@ def fusion(
     if x is not None and spec.theta_padding == "same" and any(map(any, spec.theta_pads(x.shape[2:]))):
         unfused.append("theta")
     found = spec.fusion(unfused)
-    if found.plan.startswith("chain") and x is not None and training.serves(spec, parts, x, g, recompute):
+    if x is None or not found.plan.startswith("chain"):
+        return found
+    if training.serves(spec, parts, x, g, recompute):
         without = spec.fusion([name for name in unfused if name not in ("theta_norm", "phi_norm")])
         if without.plan.startswith("whole"):
-            return Fusion("whole_moments", found.reason)
+            return Fusion("whole_moments", "batch norms need the statistics of the whole map")
+    if training.left_alone(parts, x, recompute):
+        return Fusion("eager", "batch norms need statistics, and PyTorch's layers are the faster way there")
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from attn_gate import backends, checks, engine, families, patch, training
+from attn_gate import backends, checks, engine, families, patch
 from attn_gate.module import AttentionGate
 from attn_gate.probe import Found, probe
 from attn_gate.spec import Fusion
@@ -41,7 +41,12 @@ class GateEntry:
         state = patch.state_of(self.module)
         if state is None:
             return self.refused or "unfuse_gates was called"
-        return state.why_original(self.module)
+        if why := state.why_original(self.module):
+            return why
+        large, _ = self._fusions(state)
+        if large.plan == "eager":
+            return f"in training mode its {large.reason}; in eval mode it runs fused"
+        return ""
 
     @property
     def fused(self) -> str:
@@ -49,17 +54,12 @@ class GateEntry:
         state = patch.state_of(self.module)
         if state is None or self.reason:
             return ""
-        fusion, spec = self._fusion(state), state.found.spec
-        layers = patch.layers_of(self.module, state.paths)
-        text = _PLANS[fusion.plan] + (f" ({fusion.reason})" if fusion.reason else "")
-        norms = [norm for norm in (layers.theta_norm, layers.phi_norm) if training.takes(norm)]
-        if (
-            fusion.plan.startswith("chain")
-            and norms
-            and state.recompute is not False
-            and spec.spatial_dims > 1
-        ):
-            text += "; where maps are large, the projections and their norms too"
+        large, small = self._fusions(state)
+        text = _PLANS[large.plan]
+        if small != large:
+            text += " where maps are large; left to PyTorch's layers where they are small"
+        if large.reason:
+            text += f" ({large.reason})"
         if not self.module.training and state.found.training:
             text += f"; left alone in training mode: there {state.found.training}"
         return text
@@ -70,11 +70,24 @@ class GateEntry:
         state, parameter = patch.state_of(self.module), next(self.module.parameters(), None)
         if state is None or parameter is None or self.reason:
             return ""
-        whole = self._fusion(state).plan.startswith("whole")
+        whole = self._fusions(state)[0].plan.startswith("whole")
         return backends.choose(state.backend, parameter, "attention_gate" if whole else "gate")
 
-    def _fusion(self, state: patch.FusedGate) -> Fusion:
-        return engine.fusion(state.found.spec, patch.layers_of(self.module, state.paths))
+    def _fusions(self, state: patch.FusedGate) -> tuple[Fusion, Fusion]:
+        """For a training step on the largest maps, and on small ones."""
+        spec, layers = state.found.spec, patch.layers_of(self.module, state.paths)
+        weight = layers.theta.weight
+
+        def of_size(n: int) -> Fusion:
+            sizes = [n * s for s in spec.theta_stride], [n] * spec.spatial_dims
+            x, g = (  # without memory
+                weight.new_empty(()).expand(1, channels, *size)
+                for channels, size in zip(state.channels, sizes, strict=True)
+            )
+            return engine.fusion(spec, layers, x, g, state.recompute)
+
+        with torch.enable_grad():
+            return of_size(2**12), of_size(2)
 
 
 @dataclass(frozen=True)
@@ -114,9 +127,10 @@ class FusionReport:
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, title=self._summary())
-        table.add_column("gate", overflow="fold", no_wrap=True)
-        for column in ("family", "fused", "backend"):
-            table.add_column(column)
+        table.add_column("gate", overflow="fold")
+        table.add_column("family")
+        table.add_column("fused", min_width=44)
+        table.add_column("backend")
         for gate in self.gates:
             said = f"[yellow]left alone:[/] {_escaped(gate.reason)}" if gate.reason else _escaped(gate.fused)
             table.add_row(_escaped(gate.name), _escaped(gate.family), said, gate.backend or "-")
@@ -144,7 +158,7 @@ def fuse_gates(model: nn.Module, backend: str = "auto", *, recompute: str | bool
         model: any module; a gate itself too. Call it before DistributedDataParallel, fully_shard and
             torch.compile.
         backend: "auto" | "cpu" | "cuda" | "triton" | "eager", as in AttentionGate.
-        recompute: True, False or "auto", as in functional.attention_gate.
+        recompute: True, False or "auto", as in AttentionGate.
 
     Returns:
         The report: each gate, its family, what is fused by which backend, and for a gate that is left alone

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from attn_gate import eager, engine, reference
+from attn_gate import eager, engine, reference, training
 from attn_gate.backends import exporting_to_onnx
 from attn_gate.families import Layers, norm_kind
 from attn_gate.folding import FoldCache, has_hooks
@@ -95,6 +95,11 @@ class FusedGate:
         if min(*x_size, *g_size, *theta, *phi) < 1:
             return False
         return spec.phi_resize != "none" or theta == phi
+
+    def pays(self, gate: nn.Module, x: Tensor) -> bool:
+        """Whether the fused operators are the faster way for maps of this size; takes and why_original say
+        whether they are one at all."""
+        return not training.left_alone(layers_of(gate, self.paths), x, self.recompute)
 
     def maps(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """x and g of a call; None where it isn't made of those two."""
@@ -170,7 +175,8 @@ def find_layer(gate: nn.Module, path: str) -> nn.Module:
 def _run(gate: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     state = getattr(gate, STATE, None)
     maps = None if state is None else state.maps(args, kwargs)
-    if maps is None or not state.takes(gate, *maps) or state.why_original(gate):
+    x = None if maps is None else maps[0]
+    if x is None or not state.takes(gate, *maps) or state.why_original(gate) or not state.pays(gate, x):
         if state is not None and getattr(gate, LISTENER, None) is not None:
             return _heard(state, gate, original, args, kwargs)
         return original(gate, *args, **kwargs)

@@ -478,13 +478,41 @@ def test_the_report_is_live_and_prints(net):
     report = fuse.fuse_gates(net)
     assert report.fused["lee"] == "whole gate, one operator"
     net.train()
-    assert "batch norm" in report.fused["lee"] and report.fused["grid"] == "whole gate, one operator"
-    assert report.fused["lee"].endswith("where maps are large, the projections and their norms too")
+    by_size = "where maps are large; left to PyTorch's layers where they are small (batch norms need"
+    assert by_size in report.fused["lee"] and report.fused["grid"] == "whole gate, one operator"
+    assert "maps are" not in fuse.fuse_gates(net, recompute=True).fused["lee"]
+    assert fuse.fuse_gates(net, recompute=False).fused["lee"].startswith("sum to logits, and the product (")
+    report = fuse.fuse_gates(net)
     net.grid.psi.register_forward_hook(lambda *args: None)
     text = " ".join(str(report).split())
     assert "1 of 2 attention gates run fused" in text
     assert "left alone: a hook on psi" in text and "cpu" in text
     assert [gate.backend for gate in report.gates] == ["cpu", ""]
+
+
+def test_deep_gates_are_left_alone_in_training_mode():
+    gate = LeeGate(512, 512, 256).train()
+    report = fuse.fuse_gates(gate)
+    assert not report.fused and "PyTorch's layers are the faster way" in report.skipped[""]
+    gate.eval()
+    assert report.fused[""] == "whole gate, one operator"
+    assert fuse.fuse_gates(gate.train(), recompute=True).fused
+
+
+@pytest.mark.parametrize("size,fused", [(48, False), (224, True)])
+def test_small_maps_run_the_original_in_training_mode(size, fused, runs):
+    gate = seasoned(LeeGate(16, 16, 8))
+    expected = copy.deepcopy(gate)
+    assert fuse.fuse_gates(gate).fused
+    x, g = torch.randn(1, 16, size, size), torch.randn(1, 16, size, size)
+    with attn_gate.capture_attention(gate) as maps:
+        y = gate(g, x)
+    assert len(runs) == fused and maps[""].shape == (1, 1, size, size)
+    torch.testing.assert_close(y, expected(g, x), rtol=1e-4, atol=1e-4)
+    assert fused or torch.equal(y, expected(g, x))  # itself, not something like it
+    with torch.no_grad():
+        gate(g, x)
+    assert len(runs) == fused + 1
 
 
 def test_bad_arguments(net):
