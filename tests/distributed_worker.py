@@ -1,4 +1,5 @@
-"""Run by test_works_with.py under torchrun: fused gates in DistributedDataParallel and FSDP2, with gloo.
+"""Run by test_works_with.py under torchrun: fused gates in DistributedDataParallel and FSDP2, and with
+synchronised batch norms, by gloo.
 
 Every process trains on its half of a batch; the result is compared with one process that takes all of it, by
 networks that aren't fused.
@@ -14,6 +15,7 @@ from foreign import GridGate, LeeGate, seasoned
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 import attn_gate
@@ -89,12 +91,57 @@ def check(kind, calls):
         assert not late.fused and "before fully_shard" in late.skipped["lee"]
 
 
+def synchronised(self, x):
+    """What nn.SyncBatchNorm computes on a GPU; it takes no tensors on the CPU."""
+    dims = (0, *range(2, x.ndim))
+    sums = torch.stack(
+        [x.sum(dims), x.square().sum(dims), torch.full_like(self.weight, x.numel() / x.shape[1])]
+    )
+    total, squares, n = all_reduce(sums)
+    mean, var = total / n, squares / n - (total / n).square()
+    with torch.no_grad():
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * n / (n - 1), self.momentum)
+    wide = (1, -1, *[1] * (x.ndim - 2))
+    scale = self.weight * torch.rsqrt(var + self.eps)
+    return (x - mean.view(wide)) * scale.view(wide) + self.bias.view(wide)
+
+
+def check_synchronised_batch_norms(calls):
+    """Statistics of all processes: the norms are called, and nothing takes those of one process for them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    alone = seasoned(LeeGate(6, 6, 4)).train()
+    gate = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(alone))
+    x, g, slope = torch.randn(3, 4, 6, 9, 8).unbind()
+    leaves = [t.clone().requires_grad_() for t in (g, x)]
+    y = alone(*leaves)
+    y.backward(slope)
+
+    assert attn_gate.fuse_gates(gate, recompute=True).fused
+    nn.SyncBatchNorm.forward, forward = synchronised, nn.SyncBatchNorm.forward
+    calls.clear()
+    mine = [t.chunk(world)[rank].clone().requires_grad_() for t in (g, x)]
+    found = gate(*mine)
+    found.backward(slope.chunk(world)[rank])
+    nn.SyncBatchNorm.forward = forward
+    assert len(calls) == 1
+    part = [t.chunk(world)[rank] for t in (y, leaves[0].grad, leaves[1].grad)]
+    torch.testing.assert_close([found, *[t.grad for t in mine]], part, rtol=1e-4, atol=1e-5)
+    for p, q in zip(gate.parameters(), alone.parameters(), strict=True):
+        dist.all_reduce(p.grad)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(list(gate.buffers()), list(alone.buffers()))
+
+
 def main():
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     calls = counted()
     for kind in ("ddp", "fsdp2"):
         check(kind, calls)
+    check_synchronised_batch_norms(calls)
     print(f"rank {dist.get_rank()} of {dist.get_world_size()} done", flush=True)
     dist.destroy_process_group()
 

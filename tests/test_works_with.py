@@ -272,7 +272,7 @@ def test_conversion_to_synchronised_batch_norms():
 
 
 def test_two_processes_of_torchrun():
-    """DistributedDataParallel and FSDP2; see distributed_worker.py."""
+    """DistributedDataParallel, FSDP2 and SyncBatchNorm; see distributed_worker.py."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command.append(str(Path(__file__).with_name("distributed_worker.py")))
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
