@@ -74,6 +74,8 @@ FAMILIES: list[GateFamily] = [
     GateFamily(name="sfczekalski, bio-image-unet", x="W_x", g="W_gate", psi="psi"),
     GateFamily(name="BiaPy", x="w_x", g="w_g", psi="psi"),
     GateFamily(name="FastEstimator", x="enc_layers", g="dec_layers", psi="attn_layers"),
+    # Left alone, for its map per channel: its norms folded and its sum in place, all in PyTorch, gave 1.0 to
+    # 1.3 times eager's speed in eval mode.
     GateFamily(name="nikhilroxtomar", x="Ws", g="Wg", psi="output"),
     # The authors' GridAttentionBlock and those made from it: sononet's TORR, ivadomed (aligned corners),
     # CA-Net, A-ESRGAN, Advanced_nnUNet.

@@ -59,7 +59,8 @@ class NetworkCase:
         Raises:
             RuntimeError: a gate was left as it is; the message says why.
         """
-        module = copy.deepcopy(self.module)
+        # In eval mode, where none may be left alone because its layers are the faster way in training.
+        module = copy.deepcopy(self.module).eval()
         report = attn_gate.fuse_gates(module, **options)
         if report.skipped or not report.fused:
             reasons = [f"{name}: {reason}" for name, reason in report.skipped.items()]

@@ -10,7 +10,6 @@ this network predicts says nothing about any person.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from before_after import print_before_after
-from hippocampus_data import load_volumes, training_patches
+from hippocampus_data import arguments, load_volumes, training_patches
 from monai.losses import DiceCELoss
 from monai.networks.nets import AttentionUnet
 from picture import draw
@@ -29,14 +28,8 @@ import attn_gate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, help="training steps (default: 200, with --fast 2)")
-    parser.add_argument("--fast", action="store_true", help="few steps on small patches")
-    parser.add_argument(
-        "--synthetic", action="store_true", help="volumes drawn by a program; nothing is fetched"
-    )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder for picture and weights")
     args = parser.parse_args()
     size, steps = (32, 2) if args.fast else (48, 200)

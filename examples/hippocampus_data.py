@@ -9,6 +9,7 @@ to see a network learn, nothing to judge one by.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import zipfile
 from pathlib import Path
@@ -52,6 +53,16 @@ SYNTHETIC = "SYNTHETIC volumes, drawn by a program: no MRI of anybody"
 
 # A box around both hippocampi, in mm of MNI space: from, to along x (to the right), y (to the front), z (up).
 BOX = ((-48, 48), (-60, 20), (-44, 20))
+
+
+def arguments(text: str) -> argparse.ArgumentParser:
+    """What every example takes; text: of its --help."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="few steps on small patches")
+    parser.add_argument(
+        "--synthetic", action="store_true", help="volumes drawn by a program; nothing is fetched"
+    )
+    return parser
 
 
 class Volumes(NamedTuple):

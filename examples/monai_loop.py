@@ -7,11 +7,9 @@ Needs `pip install 'attn_gate[examples]'`.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from before_after import print_before_after
-from hippocampus_data import load_volumes, training_patches
+from hippocampus_data import arguments, load_volumes, training_patches
 from monai.data import decollate_batch
 from monai.inferers import SlidingWindowInferer
 from monai.losses import DiceCELoss
@@ -24,14 +22,7 @@ import attn_gate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--fast", action="store_true", help="few steps on small patches")
-    parser.add_argument(
-        "--synthetic", action="store_true", help="volumes drawn by a program; nothing is fetched"
-    )
-    args = parser.parse_args()
+    args = arguments(__doc__).parse_args()
     size, steps = (32, 2) if args.fast else (48, 100)
 
     volumes = load_volumes(args.synthetic)

@@ -1,9 +1,11 @@
-"""For all tests: one thread, since most are too small for two, and a seed."""
+"""For all tests: one thread, since most are too small for two, and a seed; what several files need."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+from attn_gate import patch
 
 
 @pytest.fixture(autouse=True)
@@ -13,3 +15,12 @@ def _one_thread_and_a_seed():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts the gates that run fused."""
+    calls = []
+    run = patch.FusedGate.run
+    monkeypatch.setattr(patch.FusedGate, "run", lambda *args: calls.append(args[1]) or run(*args))
+    return calls

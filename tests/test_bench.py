@@ -26,6 +26,7 @@ from attn_gate.bench import (
     gates,
     measure,
     modelled,
+    network_case,
     networks,
     outputs,
     plan,
@@ -41,7 +42,7 @@ from attn_gate.bench.registry import CONFIGS, MODES, Config, NetworkConfig, sele
 from attn_gate.bench.results import Results, Row, read
 from attn_gate.bench.summary import summarise
 
-from attn_gate import backends
+from attn_gate import backends, fuse_gates
 from attn_gate import cli as commands
 from attn_gate.page import theme
 
@@ -456,6 +457,10 @@ class TestNetworks:
         found = {row["provider"]: row["status"] for row in load(tmp_path)["rows"]}
         assert found == {"eager": "measured", "attn_gate": "failed"}
         assert "not all gates were fused: gates.0" in capsys.readouterr().out
+
+    def test_gates_that_only_training_leaves_alone_count_as_fused(self):
+        net = network_case.NetworkCase(NetworkConfig("net-lee", "tiny", "lee", (16, 16))).fused()
+        assert len(fuse_gates(net.train()).skipped) == 2
 
     def test_a_wrong_gradient_gets_no_time(self, monkeypatch, tmp_path):
         def make(case, training: bool) -> Program:

@@ -40,15 +40,6 @@ def net():
     return Net().eval()
 
 
-@pytest.fixture
-def runs(monkeypatch):
-    """Counts the gates that run fused."""
-    calls = []
-    run = patch.FusedGate.run
-    monkeypatch.setattr(patch.FusedGate, "run", lambda *args: calls.append(args[1]) or run(*args))
-    return calls
-
-
 def image(*size, n=2):
     return torch.randn(n, 3, *(size or (9, 12)))
 

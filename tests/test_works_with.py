@@ -21,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import attn_gate
-from attn_gate import patch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # deprecations of torch.jit, of quantisation, of MONAI
 
@@ -42,14 +41,6 @@ def both(dims=2, training=False):
     fused = copy.deepcopy(net)
     assert len(attn_gate.fuse_gates(fused, recompute=True if training else "auto").fused) == 2
     return net, fused
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    calls = []
-    run = patch.FusedGate.run
-    monkeypatch.setattr(patch.FusedGate, "run", lambda *args: calls.append(args[1]) or run(*args))
-    return calls
 
 
 def operators(graph_module):
