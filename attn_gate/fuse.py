@@ -54,6 +54,8 @@ class GateEntry:
         state = patch.state_of(self.module)
         if state is None or self.reason:
             return ""
+        if self.backend == "eager":
+            return "nothing: PyTorch's operators in place of the fused ones"
         large, small = self._fusions(state)
         text = _PLANS[large.plan]
         if small != large:
@@ -127,10 +129,10 @@ class FusionReport:
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, title=self._summary())
-        table.add_column("gate", overflow="fold")
-        table.add_column("family")
-        table.add_column("fused", min_width=44)
-        table.add_column("backend")
+        table.add_column("gate", overflow="fold", max_width=32)
+        table.add_column("family", max_width=12)
+        table.add_column("fused")
+        table.add_column("backend", no_wrap=True)
         for gate in self.gates:
             said = f"[yellow]left alone:[/] {_escaped(gate.reason)}" if gate.reason else _escaped(gate.fused)
             table.add_row(_escaped(gate.name), _escaped(gate.family), said, gate.backend or "-")

@@ -475,10 +475,19 @@ def test_the_report_is_live_and_prints(net):
     assert fuse.fuse_gates(net, recompute=False).fused["lee"].startswith("sum to logits, and the product (")
     report = fuse.fuse_gates(net)
     net.grid.psi.register_forward_hook(lambda *args: None)
+    deep = nn.ModuleDict({"a_name_as_long_as_those_of_monai": nn.ModuleDict({"longer_still": net})})
+    lines = str(fuse.fuse_gates(deep)).splitlines()
+    assert any(line.rstrip().endswith("backend") for line in lines) and max(map(len, lines)) <= 100
     text = " ".join(str(report).split())
     assert "1 of 2 attention gates run fused" in text
     assert "left alone: a hook on psi" in text and "cpu" in text
     assert [gate.backend for gate in report.gates] == ["cpu", ""]
+
+
+def test_the_report_of_the_eager_backend(net):
+    report = fuse.fuse_gates(net, "eager")
+    assert set(report.fused.values()) == {"nothing: PyTorch's operators in place of the fused ones"}
+    assert [gate.backend for gate in report.gates] == ["eager", "eager"]
 
 
 def test_deep_gates_are_left_alone_in_training_mode():
