@@ -43,7 +43,9 @@ def fusion(
         if without.plan.startswith("whole"):
             return Fusion("whole_moments", "batch norms need the statistics of the whole map")
     if training.left_alone(parts, x, recompute):
-        return Fusion("eager", "batch norms need statistics, and PyTorch's layers are the faster way there")
+        return Fusion(
+            "eager", "norms need statistics of its maps, and PyTorch's layers are the faster way there"
+        )
     return found
 
 

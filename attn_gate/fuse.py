@@ -45,7 +45,8 @@ class GateEntry:
             return why
         large, _ = self._fusions(state)
         if large.plan == "eager":
-            return f"in training mode its {large.reason}; in eval mode it runs fused"
+            mode, other = ("training", "eval") if self.module.training else ("eval", "training")
+            return f"in {mode} mode its {large.reason}; in {other} mode it may run fused"
         return ""
 
     @property
@@ -76,7 +77,7 @@ class GateEntry:
         return backends.choose(state.backend, parameter, "attention_gate" if whole else "gate")
 
     def _fusions(self, state: patch.FusedGate) -> tuple[Fusion, Fusion]:
-        """For a training step on the largest maps, and on small ones."""
+        """For the largest maps and for small ones: of a training step, or of inference in eval mode."""
         spec, layers = state.found.spec, patch.layers_of(self.module, state.paths)
         weight = layers.theta.weight
 
@@ -88,7 +89,7 @@ class GateEntry:
             )
             return engine.fusion(spec, layers, x, g, state.recompute)
 
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.module.training):
             return of_size(2**12), of_size(2)
 
 

@@ -34,10 +34,10 @@ class AttentionGate(nn.Module):
         backend: "auto" | "cpu" | "cuda" | "triton", for the fused operators, or "eager": plain PyTorch
             throughout. The attribute of this name may be changed at any time.
         recompute: whether the backward pass of the whole gate computes theta + phi again instead of keeping
-            them; see functional.attention_gate. With batch norms of theta or phi in training mode: True
-            never makes their maps (CPU, 2D and 3D), False runs projections and norms in PyTorch and fuses the
-            rest, "auto" takes the former where it pays, else, on the CPU, PyTorch throughout, which is the
-            faster way for small maps. The attribute may be changed at any time.
+            them; see functional.attention_gate. Where norms of theta or phi need statistics of their maps,
+            True never makes those maps (batch norms, CPU, 2D and 3D), False runs projections and norms in
+            PyTorch and fuses the rest, "auto" takes the fastest of these and of PyTorch throughout. The
+            attribute may be changed at any time.
         init: "default", PyTorch's; or "paper", that of the authors' code: see `reset_parameters`.
         **overrides: fields of GateSpec that differ from the preset's.
 

@@ -499,6 +499,14 @@ def test_deep_gates_are_left_alone_in_training_mode():
     assert fuse.fuse_gates(gate.train(), recompute=True).fused
 
 
+def test_norms_over_instances_are_left_alone_in_inference():
+    gate = seasoned(TailGate("instance")).eval()
+    report = fuse.fuse_gates(gate)
+    assert "in eval mode its norms need statistics" in report.skipped[""]
+    gate.train()
+    assert "where maps are large; left to PyTorch's layers where they are small" in report.fused[""]
+
+
 @pytest.mark.parametrize("size,fused", [(48, False), (224, True)])
 def test_small_maps_run_the_original_in_training_mode(size, fused, runs):
     gate = seasoned(LeeGate(16, 16, 8))
@@ -512,7 +520,9 @@ def test_small_maps_run_the_original_in_training_mode(size, fused, runs):
     assert fused or torch.equal(y, expected(g, x))  # itself, not something like it
     with torch.no_grad():
         gate(g, x)
-    assert len(runs) == fused + 1
+    assert len(runs) == 2 * fused
+    gate.eval()(g, x)
+    assert len(runs) == 2 * fused + 1
 
 
 def test_bad_arguments(net):

@@ -147,7 +147,7 @@ def compare(original, fused, case, training):
 
 
 @pytest.mark.parametrize(
-    "training,recompute", [(False, "auto"), (True, True), (True, False)], ids=["eval", "train", "train, kept"]
+    "training,recompute", [(False, True), (True, True), (True, False)], ids=["eval", "train", "train, kept"]
 )
 @pytest.mark.parametrize("name", CASES)
 def test_families(name, training, recompute, runs):

@@ -302,11 +302,24 @@ def test_where_it_is_chosen():
         x = torch.empty(size)
         assert gate.fusion(x, x).plan == plan
         with torch.no_grad():
-            assert gate.fusion(x, x).plan == plan.replace("eager", "chain_logits")
+            assert gate.fusion(x, x).plan == plan
         for recompute, forced in ((True, "whole_moments"), (False, "chain_logits")):
             gate.recompute = recompute
             assert gate.fusion(x, x).plan == forced
         assert gate.eval().fusion(x, x).plan == "whole"
+
+
+@pytest.mark.parametrize("kind", ["instance", "group"])
+def test_where_other_norms_are_left_to_pytorch(kind):
+    options = {f"{layer}_norm": kind for layer in ("theta", "phi", "psi")}
+    for voxels, plan in ((192, "chain_logits"), (64, "eager")):
+        gate = AttentionGate(64, 64, preset="same_grid", **options)
+        x = torch.empty(2, 64, voxels, voxels)
+        assert gate.fusion(x, x).plan == plan
+        with torch.no_grad():
+            assert gate.fusion(x, x).plan == "eager"
+            gate.recompute = False
+            assert gate.fusion(x, x).plan == "chain_logits"
 
 
 # ---- the operator
