@@ -33,7 +33,7 @@ def html(results: Results, figures: Figures) -> str:
         page.numbers(_headlines(results)),
         _compared(results.compared),
         _speed(grids, figures),
-        _networks(figures),
+        _networks(results, figures),
         _memory(results, grids, figures),
         _scaling(figures),
         _problems(results),
@@ -93,16 +93,26 @@ def _speed(grids: list[tables.Grid], figures: Figures) -> str:
     )
 
 
-def _networks(figures: Figures) -> str:
+def _networks(results: Results, figures: Figures) -> str:
     captions = {
         "network_inference": "<b>Inference.</b>",
         "network_step": "<b>Forward and backward</b>, without an optimizer, which costs the same for all.",
     }
+    rows = []
+    for name, config in results.configs.items():
+        for mode, title in (("inference", "inference"), ("step", "training step")):
+            found = [results.find(name, mode, provider) for provider in ("eager", "attn_gate")]
+            if config.kind != "network" or not all(row and row.times_ms for row in found):
+                continue
+            cells = [f"{row.median_ms:.0f} ms" for row in found]
+            cells += ["" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB" for row in found]
+            rows.append(("name", f"{name}, {title}", cells))
+    head = ["", "before", "after fuse_gates", "peak before", "peak after"]
     return page.section(
         "Whole networks",
-        """Gates are a part of a network, so a network gains less than a gate. attn_gate: the same network,
-        its gates replaced in place.""",
-        _panels(captions, figures),
+        """Gates are a part of a network, so a network gains less than a gate. Before and after
+        <code>attn_gate.fuse_gates(model)</code>: times, and the most that tensors of a call hold at once.""",
+        (page.table(head, rows, {}) if rows else "") + _panels(captions, figures),
     )
 
 

@@ -450,6 +450,8 @@ class TestNetworks:
         kept = {row["provider"]: row["kept_bytes"] for row in results["rows"] if row["mode"] == "step"}
         assert 0 < kept["attn_gate"] < kept["eager"]
         assert all(row["needed_bytes"] is None for row in results["rows"])
+        page = (tmp_path / "report.html").read_text()
+        assert all(f">net-oktay, {mode}</th><td>" in page for mode in ("inference", "training step"))
 
     def test_every_gate_is_fused_or_there_is_no_row(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(networks.GridAttention3d, "forward", lambda self, x, g: (self.W(x), x))
