@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel for GPUs that aren't there, and records what each takes: registers, shared
-memory.
+"""Compiles every Triton kernel for GPUs that aren't there, with every choice of block sizes, and records what
+each takes: registers, shared memory.
 
 From a checkout, for the table isn't installed:
 
-    python -m attn_gate.bench.triton_resources            compile all, compare with the table (minutes)
+    python -m attn_gate.bench.triton_resources            compile all, compare with the table
     python -m attn_gate.bench.triton_resources --write    compile all, rewrite bench/triton_resources.csv
 
 Triton's driver is replaced by one that names the target; the operators then run as ever on CPU tensors, but
@@ -15,16 +15,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 TABLE = Path(__file__).with_name("triton_resources.csv")
 # Ampere (A100), Hopper, Blackwell (data centre, and workstation), AMD CDNA3 (MI300).
@@ -37,8 +40,8 @@ class Resources:
 
     Attributes:
         target, operator, gate, dtype, layout, kernel: which.
-        warps: of a program; registers: of a thread; spills: bytes of stack that a thread takes; shared:
-        bytes.
+        choice: of the list of block sizes in triton_kernels/launch.py; 0 is also what no list serves.
+        warps: of a program; registers: of a thread; spills: bytes of stack of a thread; shared: bytes.
     """
 
     target: str
@@ -47,6 +50,7 @@ class Resources:
     dtype: str
     layout: str
     kernel: str
+    choice: int
     warps: int
     registers: int
     spills: int
@@ -55,7 +59,14 @@ class Resources:
 
 @dataclass(frozen=True)
 class Setting:
-    """A gate of a size from practice; C, G, I and the grids are multiples of 16 as they are there."""
+    """A gate as it is launched.
+
+    Attributes:
+        x, g, channels, gating, inter, resize, activation: the gate; window: theta's kernel and stride.
+        wide: with 64-bit offsets.
+        tf32: with the matrix products of float32 that torch.backends.cuda.matmul allows.
+        stored: pre-activations are kept for backward; and logits alone, as norms on psi take them.
+    """
 
     name: str
     x: tuple[int, ...]
@@ -65,15 +76,50 @@ class Setting:
     inter: int
     window: int = 1
     resize: str = "linear"
+    activation: str = "relu"
+    wide: bool = False
+    tf32: bool = False
+    stored: bool = False
 
 
+# Sizes from practice; C, G, I and the grids are multiples of 16 as they are there.
+SAME = Setting("same grid 2D", (64, 64), (64, 64), 64, 64, 32)
+PAPER = Setting("paper 2D", (64, 64), (32, 32), 64, 128, 64, 2)
+PAPER_3D = Setting("paper 3D", (16, 32, 32), (8, 16, 16), 32, 64, 32, 2)
 SETTINGS = (
-    Setting("same grid 2D", (64, 64), (64, 64), 64, 64, 32),
-    Setting("paper 2D", (64, 64), (32, 32), 64, 128, 64, 2),
-    Setting("paper 3D", (16, 32, 32), (8, 16, 16), 32, 64, 32, 2),
+    SAME,
+    PAPER,
+    PAPER_3D,
     Setting("keras 2D, nearest", (64, 64), (32, 32), 64, 64, 64, 2, "nearest"),
     Setting("g coarser", (64, 64), (32, 32), 64, 64, 32),
     Setting("same grid, deep", (16, 16), (16, 16), 512, 512, 256),
+)
+_FLOAT32, _BFLOAT16, _FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+# On large grids the weight gradients are summed in the pass itself (`geometry.splits`).
+LARGE = (
+    (replace(SAME, name="same grid 2D, large", x=(512, 512), g=(512, 512)), _BFLOAT16),
+    (replace(PAPER, name="paper 2D, large", x=(512, 512), g=(256, 256)), _FLOAT32),
+    (replace(PAPER_3D, name="paper 3D, large", x=(64, 128, 128), g=(32, 64, 64)), _FLOAT32),
+    (replace(PAPER_3D, name="paper 3D, large", x=(64, 128, 128), g=(32, 64, 64)), _BFLOAT16),
+)
+# What else a launch may be specialised for: with the first choice of block sizes, and for two of the targets.
+VARIANT_TARGETS = TARGETS[:2]
+VARIANTS = (
+    (replace(SAME, name="same grid 2D"), _FLOAT16),
+    (replace(SAME, name="same grid 2D, stored", stored=True), _BFLOAT16),
+    (replace(PAPER, name="paper 2D, stored", stored=True), _FLOAT32),
+    (replace(SAME, name="same grid 2D, 64-bit offsets", wide=True), _FLOAT32),
+    (replace(PAPER, name="paper 2D, 64-bit offsets", wide=True), _BFLOAT16),
+    (replace(PAPER, name="paper 2D, tf32", tf32=True), _FLOAT32),
+    (replace(PAPER, name="paper 2D, silu", activation="silu"), _BFLOAT16),
+    (replace(SAME, name="same grid 2D, gelu", activation="gelu"), _FLOAT32),
+    (replace(SAME, name="same grid 2D, softplus", activation="softplus"), _BFLOAT16),
+    (Setting("same grid 2D, odd sizes", (63, 65), (63, 65), 37, 29, 19), _FLOAT32),
+    (Setting("paper 2D, odd sizes", (63, 65), (31, 32), 37, 29, 19, 2), _BFLOAT16),
+    (Setting("paper 3D, odd sizes", (9, 17, 21), (4, 8, 10), 19, 29, 9, 2), _FLOAT32),
+    (Setting("one channel of each", (63, 65), (63, 65), 1, 1, 1), _FLOAT32),
+    (Setting("aligned corners", (64, 64), (24, 24), 64, 64, 32, 2, "align_corners"), _FLOAT32),
+    (Setting("aligned corners 3D", (16, 32, 32), (6, 12, 12), 32, 64, 32, 2, "align_corners"), _BFLOAT16),
 )
 
 
@@ -98,24 +144,39 @@ class OfflineDriver:
 
 
 @contextlib.contextmanager
-def offline(backend: str, arch: int | str) -> Iterator[list[tuple[str, Any]]]:
-    """Inside, launches compile for this target instead: the list fills with (kernel's name, compiled)."""
+def offline(
+    backend: str, arch: int | str, choices: Callable[[Sequence[Any]], Sequence[Any]]
+) -> Iterator[list[tuple[str, int, Any]]]:
+    """Inside, launches compile for this target instead: the list fills with (kernel's name, choice,
+    compiled).
+
+    choices: of a list of block sizes those to compile.
+    """
     import triton
     from attn_gate.triton_kernels import launch
 
-    compiled: list[tuple[str, Any]] = []
+    compiled: list[tuple[str, int, Any]] = []
+    lists: list[Sequence[Any]] = [()]
 
     def start(kernel: Any, programs: int, *args: Any, blocks: Any, **constants: Any) -> None:
         found = kernel.warmup(*args, grid=(programs,), **constants, **launch.options(blocks))
-        compiled.append((kernel.fn.__name__, found))
+        choice = lists[-1].index(blocks) if blocks in lists[-1] else 0
+        compiled.append((kernel.fn.__name__, choice, found))
+
+    def each(key: tuple, device: torch.device, listed: Sequence[Any], run: Callable[[Any], Any]) -> None:
+        lists.append(listed)
+        for blocks in choices(listed):
+            run(blocks)
+        lists.pop()
 
     driver = triton.runtime.driver
-    before, launch.start, active = launch.start, start, driver._active
+    before, active = (launch.start, launch.tuned), driver._active
+    launch.start, launch.tuned = start, each
     driver.set_active(OfflineDriver(backend, arch, TARGETS.index((backend, arch))))
     try:
         yield compiled
     finally:
-        launch.start = before
+        launch.start, launch.tuned = before
         driver._active = active
 
 
@@ -139,10 +200,53 @@ def measure(compiled: Any) -> tuple[int, int, int, int]:
     return metadata.num_warps, registers, stack, metadata.shared
 
 
-def compile_setting(setting: Setting, dtype: torch.dtype, layout: str, target: tuple) -> list[Resources]:
-    """All kernels of forward and backward, of the chain, the whole gate and the multiply alone."""
+@contextlib.contextmanager
+def _modes(setting: Setting) -> Iterator[None]:
+    """64-bit offsets and tf32, where the setting has them."""
+    from attn_gate.triton_kernels import passes
+
+    matmul = torch.backends.cuda.matmul
+    before = passes.WIDE_FROM, matmul.fp32_precision
+    if setting.wide:
+        passes.WIDE_FROM = 0
+    if setting.tf32:
+        matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        passes.WIDE_FROM, matmul.fp32_precision = before
+
+
+def compile_setting(
+    setting: Setting,
+    dtype: torch.dtype,
+    layout: str,
+    target: tuple,
+    choices: Callable[[Sequence[Any]], Sequence[Any]] = tuple,
+) -> list[Resources]:
+    """All kernels of forward and backward, of the chain, the whole gate and the multiply alone.
+
+    choices: of a list of block sizes those to compile.
+    """
     from attn_gate import triton_kernels
 
+    found = []
+    with offline(*target, choices) as compiled, _modes(setting):
+        for step, arguments in calls(setting, dtype, layout):
+            compiled.clear()
+            triton_kernels.implementation(step)(*arguments)
+            found += [
+                Resources(
+                    f"{target[0]} {target[1]}", step, setting.name, str(dtype).removeprefix("torch."), layout,
+                    name, choice, *measure(kernel),
+                )
+                for name, choice, kernel in compiled
+            ]  # fmt: skip
+    return sorted(set(found))
+
+
+def calls(setting: Setting, dtype: torch.dtype, layout: str) -> list[tuple[str, tuple]]:
+    """Names of operators, and their arguments."""
     axes = len(setting.x)
     window = [setting.window] * axes
     coarse = tuple(n // setting.window for n in setting.x)
@@ -155,57 +259,62 @@ def compile_setting(setting: Setting, dtype: torch.dtype, layout: str, target: t
     x, g = new(setting.channels, setting.x), new(setting.gating, setting.g)
     theta, phi = new(setting.inter, coarse), new(setting.inter, setting.g)
     weights = (
-        torch.zeros(setting.inter, setting.channels, *window),
+        torch.zeros(setting.inter, setting.channels, *window).contiguous(memory_format=memory_format),
         torch.zeros(setting.inter, setting.gating, *[1] * axes),
     )
     bias, one, alpha = torch.zeros(setting.inter), torch.zeros(1), torch.zeros(1, 1, *coarse)
-    modes = setting.resize, setting.resize, "relu"
+    modes = setting.resize, setting.resize, setting.activation
+    whole = x, g, *weights, bias, bias
     none = x.new_empty(0)
-    calls = {
-        "gate": [
-            ("gate_fwd", (x, theta, phi, bias, one, *modes)),
-            ("gate_bwd", (x, alpha, x, theta, phi, bias, alpha, *modes, 31)),
-        ],
-        "attention_gate": [
-            ("attention_gate_fwd", (x, g, *weights, bias, bias, one, window, *modes, False)),
-            ("attention_gate_bwd", (x, alpha, x, g, *weights, bias, bias, alpha, none, window, *modes, 127)),
-        ],
-        "gate_apply": [
-            ("gate_apply_fwd", (x, alpha, setting.resize)),
-            ("gate_apply_bwd", (x, x, alpha, setting.resize, 3)),
-        ],
-    }
-    found = []
-    with offline(*target) as compiled:
-        for steps in calls.values():
-            for step, arguments in steps:
-                compiled.clear()
-                triton_kernels.implementation(step)(*arguments)
-                found += [
-                    Resources(
-                        f"{target[0]} {target[1]}", step, setting.name, str(dtype).removeprefix("torch."),
-                        layout,
-                        name, *measure(kernel),
-                    )
-                    for name, kernel in compiled
-                ]  # fmt: skip
-    return sorted(set(found))
+    if setting.stored:
+        preact, logits = new(setting.inter, coarse), (setting.resize, setting.activation)
+        return [
+            ("attention_gate_fwd", (*whole, one, window, *modes, True)),
+            (
+                "attention_gate_bwd",
+                (x, alpha, *whole, alpha, preact, window, *modes, 127),
+            ),
+            ("gate_logits_fwd", (theta, phi, bias, one, *logits)),
+            ("gate_logits_bwd", (alpha, theta, phi, bias, *logits, 15)),
+            ("attention_logits_fwd", (*whole, one, window, *logits, False)),
+            ("attention_logits_bwd", (alpha, *whole, none, window, *logits, 127)),
+        ]
+    return [
+        ("gate_fwd", (x, theta, phi, bias, one, *modes)),
+        ("gate_bwd", (x, alpha, x, theta, phi, bias, alpha, *modes, 31)),
+        ("attention_gate_fwd", (*whole, one, window, *modes, False)),
+        ("attention_gate_bwd", (x, alpha, *whole, alpha, none, window, *modes, 127)),
+        ("gate_apply_fwd", (x, alpha, setting.resize)),
+        ("gate_apply_bwd", (x, x, alpha, setting.resize, 3)),
+    ]
 
 
-def combinations() -> Iterator[tuple[Setting, torch.dtype, str]]:
-    """Settings x dtypes, and the two most common gates in channels last; float16 takes bfloat16's code."""
-    for setting in SETTINGS:
-        yield setting, torch.float32, "contiguous"
-        yield setting, torch.bfloat16, "contiguous"
-    for setting in SETTINGS[:2]:
-        yield setting, torch.bfloat16, "channels last"
+def first(choices: Sequence[Any]) -> Sequence[Any]:
+    """What runs where nothing is timed."""
+    return choices[:1]
+
+
+def combinations(target: tuple) -> Iterator[tuple[Setting, torch.dtype, str, Callable]]:
+    """Settings x dtypes, the most common with all choices of block sizes; channels last; variants."""
+    for dtype in (_FLOAT32, _BFLOAT16):
+        for setting in SETTINGS:
+            yield setting, dtype, "contiguous", tuple if setting in (SAME, PAPER, PAPER_3D) else first
+    for setting, dtype in LARGE:
+        yield setting, dtype, "contiguous", tuple
+    yield SAME, _BFLOAT16, "channels last", first
+    yield PAPER, _BFLOAT16, "channels last", tuple
+    yield PAPER, _FLOAT32, "channels last", first
+    yield PAPER_3D, _BFLOAT16, "channels last", first
+    if target in VARIANT_TARGETS:
+        for setting, dtype in VARIANTS:
+            yield setting, dtype, "contiguous", first
 
 
 def read_table() -> list[Resources]:
     """What is recorded."""
     with TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    numbers = ("warps", "registers", "spills", "shared")
+    numbers = ("choice", "warps", "registers", "spills", "shared")
     return [Resources(**{k: int(v) if k in numbers else v for k, v in row.items()}) for row in rows]
 
 
@@ -217,25 +326,44 @@ def write_table(rows: list[Resources]) -> None:
         writer.writerows(astuple(row) for row in rows)
 
 
+def _compile(work: tuple) -> list[Resources]:
+    torch.set_num_threads(1)
+    target, (setting, dtype, layout, choices) = work
+    return compile_setting(setting, dtype, layout, target, choices)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--write", action="store_true", help="rewrite the table")
     parser.add_argument("--target", nargs="+", help="only these, such as 'cuda 90'")
+    parser.add_argument("--processes", type=int, default=2, help="that compile at a time (2)")
     args = parser.parse_args()
-    rows = []
-    for target in TARGETS:
-        if args.target and f"{target[0]} {target[1]}" not in args.target:
-            continue
-        for setting, dtype, layout in combinations():
-            print(f"{target[0]} {target[1]}, {setting.name}, {dtype}, {layout}", file=sys.stderr, flush=True)
-            rows += compile_setting(setting, dtype, layout, target)
+    names = {f"{backend} {arch}" for backend, arch in TARGETS}
+    wanted = set(args.target or names)
+    if wanted - names:
+        parser.error(f"--target must be among {sorted(names)}; got {sorted(wanted - names)}")
+    work = [
+        (target, combination)
+        for target in TARGETS
+        if f"{target[0]} {target[1]}" in wanted
+        for combination in combinations(target)
+    ]
+    rows: list[Resources] = []
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        console = Console(stderr=True)
+        for found in track(pool.imap_unordered(_compile, work), "compiling", len(work), console=console):
+            rows += found
     for row in rows:
         if row.spills:
             print(f"SPILLS: {row}")
     if args.write:
-        write_table(sorted(rows))
+        kept = [row for row in read_table() if row.target not in wanted] if wanted != names else []
+        write_table(sorted({*rows, *kept}))
         return 0
-    return int(set(rows) != set(read_table()))
+    recorded = {row for row in read_table() if row.target in wanted}
+    for row in sorted(recorded.symmetric_difference(rows)):
+        print(f"{'only recorded' if row in recorded else 'only compiled'}: {row}")
+    return int(recorded != set(rows))
 
 
 if __name__ == "__main__":

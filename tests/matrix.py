@@ -91,10 +91,15 @@ def _offset_channels_last(t: Tensor) -> Tensor:
     return _offset(channels_last(t))
 
 
+def _weights_channels_last(t: Tensor) -> Tensor:
+    """As networks in channels last have them."""
+    return channels_last(t) if t.ndim > 2 else t
+
+
 # For each layout how these lie in memory: x and theta; g, phi and alpha; gradients of outputs; parameters.
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
     "contiguous": (_identity, _identity, _identity, _identity),
-    "channels last": (channels_last, channels_last, channels_last, _identity),
+    "channels last": (channels_last,) * 3 + (_weights_channels_last,),
     "x channels last": (channels_last, _identity, _identity, _identity),
     "g channels last": (_identity, channels_last, channels_last, _identity),
     "odd offsets": (_offset, _offset, _offset, _offset),

@@ -100,6 +100,31 @@ def test_the_same_bits_from_run_to_run():
 
 
 @pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("operator", ("gate", "attention_gate"))
+def test_captured_in_a_graph(operator):
+    """Forward and backward are captured, and follow the inputs when they are replayed."""
+    tensors = {name: t.requires_grad_() for name, t in _CASE.inputs(operator, device="cuda").items()}
+
+    def step():
+        y, alpha = getattr(functional, operator)(**tensors, **_CASE.options(operator), backend="triton")
+        return (y, *torch.autograd.grad(y.square().sum() + alpha.sum(), list(tensors.values())))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # kernels are compiled and timed here
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for t in tensors.values():
+            t.mul_(0.5)
+    graph.replay()
+    assert all(torch.equal(found, exact) for found, exact in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU here")
 def test_the_second_gpu():
     tensors = _CASE.inputs("attention_gate", device="cuda:1")

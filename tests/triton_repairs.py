@@ -1,14 +1,12 @@
 """Repairs of Triton's interpreter (3.9), which runs kernels on CPU tensors where TRITON_INTERPRET is 1.
 
 As it comes, bfloat16 is computed on its bit patterns, float32 is cut off rather than rounded to it, tf32 is
-not
-rounded at all, and addresses are used as they are. After `repair()`:
+not rounded at all, and addresses are used as they are. After `repair()`:
 
 - values of bfloat16 are widened before every operation that isn't a load, a store or a move, and rounded to
   nearest even when they come back;
 - operands of a tf32 product are rounded to tf32, as the hardware does;
-- a load or store outside of the tensors of the launch raises IndexError, and so do two lanes of one store
-that
+- a load or store outside of the launch's tensors raises IndexError, and so do two lanes of one store that
   write to one address (on a GPU one of them wins, unknown which).
 """
 

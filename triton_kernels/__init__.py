@@ -1,8 +1,7 @@
 """Triton kernels of attn_gate, installed as `attn_gate.triton_kernels`: the backend that needs no compiler.
 
-Importing this package defines the operators torch.ops.attn_gate_triton.*; triton itself is imported by the
-first
-call. `operators` holds the ten operators, `passes` their launches, `forward` and `backward` the kernels.
+Importing this package defines the operators torch.ops.attn_gate_triton.*; triton itself is imported by their
+first call. `operators` holds the ten of them, `passes` their launches, `forward` and `backward` the kernels.
 """
 
 from __future__ import annotations

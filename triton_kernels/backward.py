@@ -8,18 +8,18 @@ those of the parameters.
 A program takes tiles of coarse voxels in turn. Bytes per sample, e an element:
 
 - one grid: reads x, dy and theta, phi (whole: g), writes dx and dtheta, dphi (whole: dg). The whole gate
-comes
-  back to x, dy and g for the products with ds, from L2.
+  comes back to x, dy and g for the products with ds, from L2.
 - S finer than R: d alpha of a tile needs d alpha_up of fine voxels that other tiles own. Two ways:
     halo        x and dy are read over the tile and h = prod((2 b + 2) / 2 b) around it (b coarse voxels an
                 axis of a resize by 2: 1.2 for 8 x 16, 1.8 for 4 x 4 x 8), nearly all of it from L2
     1 channel   d alpha_up through memory and a second launch, which for the whole gate reads all of x and dy
                 again: 5 C of traffic where 3 C are needed
   The halo moves less for the whole gate and the same for the chain, in one launch: it is the way. d alpha_up
-  of a tile goes through a scratch of the program's own, which stays in L1 or L2.
+  of a tile goes through a scratch of the program's own, which stays in L1 or L2; alpha_up of its patches too.
 - weight gradients are added up in a row of the workspace that belongs to the program: for a tile of BT voxels
   8 I (C + G) bytes from L2 beside 4 (3 C + 2 G) BT. At I >= 128 that is more than a launch of its own that
   reads a stored ds: `geometry.splits` compares them (SPLIT). SPLIT also takes any I, a block at a time.
+- g, or phi, on a grid of its own: dphi gathers ds from tiles of other programs, in a launch after this one.
 
 Rows of the workspace are summed in order afterwards (`parameters.sum_kernel`): no atomics, the same bits
 always.
@@ -28,8 +28,8 @@ always.
 import triton
 import triton.language as tl
 
-from .forward import preactivation
-from .maps import activate, load_tile, sample, slope, store_tile, tile_begin, tile_voxels
+from .forward import patch_begin, patch_rows, preactivation, weight_at
+from .maps import activate, at, load_tile, sample, slope, store_tile, tile_begin, tile_voxels
 from .resize import first_fed, first_from, gathered, resized
 
 
@@ -51,59 +51,58 @@ def _support(first, own, size, reach, n_in, n_out, spread, MODE: tl.constexpr):
 
 @triton.jit
 def map_gradients(
-    source, dsource, weight, row, ds, ds_map, dy, alpha, again, d, h, w, v, inside,
-    channels, inter, Rv, in_d, in_h, in_w, Sh, Sw, voxels, scale_d, scale_h, scale_w,
+    source, dsource, weight, row, ds, ds_map, dy, alpha, ups, again, d, h, w, v, inside,
+    channels, inter, kernel_h, kernel_w, Rv, Sh, Sw, voxels,
     BI: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, CL: tl.constexpr, DY_CL: tl.constexpr,
-    DS_CL: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    DS_CL: tl.constexpr, WEIGHT_CL: tl.constexpr, TAPS: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """dsource = weight^T ds (+ dy * alpha_up), and row += ds * patches(source)^T, each where wanted."""
-    TAPS: tl.constexpr = KD * KH * KW
-    k = tl.arange(0, BK).to(OFFSET)
+    """dsource = weight^T ds (+ dy * alpha_up), and row += ds * patches(source)^T, each where wanted.
+
+    ups: alpha_up at the voxels of the tile's patches, [TAPS, BT]; None on one grid, where it is alpha.
+    """
     i = tl.arange(0, BI).to(OFFSET)
-    for step in range(0, tl.cdiv(channels, BK) * TAPS):
-        c, tap = step // TAPS * BK + k, step % TAPS
-        c_inside = c < channels
-        if TAPS * SD * SH * SW == 1:  # one grid: alpha_up is alpha
-            od, oh, ow, o = v * 0, v * 0, v, v
-        else:
-            od, oh, ow = d * SD + tap // (KH * KW), h * SH + tap // KW % KH, w * SW + tap % KW
-            o = (od.to(OFFSET) * Sh + oh) * Sw + ow
+    begin = patch_begin(v, d, h, w, Sh, Sw, TAPS, SD, SH, SW, OFFSET)
+    for k0 in range(0, channels * TAPS, BK):
+        k = k0 + tl.arange(0, BK).to(OFFSET)
+        k_inside = k < channels * TAPS
+        c, tap, away = patch_rows(k, channels, kernel_h, kernel_w, Sh, Sw, TAPS, CL)
+        o = begin[None, :] + away[:, None]
+        mask = k_inside[:, None] & inside[None, :]
         if dsource is not None:
             total = tl.zeros([BK, BT], tl.float32)
             if SPLIT:
                 for i0 in range(0, inter, BI):
                     inner = i0 + i
-                    mask = c_inside[:, None] & (inner < inter)[None, :]
-                    offset = (inner[None, :] * channels + c[:, None]) * TAPS + tap
                     part = load_tile(ds_map, inner, v, inner < inter, inside, inter, Rv, DS_CL)
-                    turned = tl.load(weight + offset, mask=mask, other=0.0).to(part.dtype)
+                    place = weight_at(inner[None, :], k[:, None], channels, TAPS, CL, WEIGHT_CL)
+                    known = k_inside[:, None] & (inner < inter)[None, :]
+                    turned = tl.load(weight + place, mask=known, other=0.0).to(part.dtype)
                     total = tl.dot(turned, part, total, input_precision=PRECISION)
             else:
-                mask = c_inside[:, None] & (i < inter)[None, :]
-                offset = (i[None, :] * channels + c[:, None]) * TAPS + tap
-                turned = tl.load(weight + offset, mask=mask, other=0.0).to(ds.dtype)
+                place = weight_at(i[None, :], k[:, None], channels, TAPS, CL, WEIGHT_CL)
+                known = k_inside[:, None] & (i < inter)[None, :]
+                turned = tl.load(weight + place, mask=known, other=0.0).to(ds.dtype)
                 total = tl.dot(turned, ds, total, input_precision=PRECISION)
             if dy is not None:
-                up = resized(
-                    alpha, 0, od, oh, ow, inside, 1, Rv, in_h * in_w, in_w, 0, 0, 0, in_d, in_h, in_w,
-                    scale_d, scale_h, scale_w, False, MODE_D, MODE_H, MODE_W, OFFSET,
-                )  # fmt: skip
-                total += (
-                    load_tile(dy, c, o, c_inside, inside, channels, voxels, DY_CL).to(tl.float32)
-                    * up[None, :]
-                )
-            store_tile(dsource, total, c, o, c_inside, inside, channels, voxels, CL)
+                if ups is None:
+                    up = tl.load(alpha + v, mask=inside, other=0.0)[None, :]
+                else:
+                    place = tap[:, None] * BT + tl.arange(0, BT)[None, :]
+                    up = tl.load(ups + place, mask=k_inside[:, None], other=0.0)
+                slopes = tl.load(dy + at(c[:, None], o, channels, voxels, DY_CL), mask=mask, other=0.0)
+                total += slopes.to(tl.float32) * up
+            total = total.to(dsource.dtype.element_ty)
+            tl.store(dsource + at(c[:, None], o, channels, voxels, CL), total, mask=mask)
         if row is not None:
-            mask = (i < inter)[:, None] & c_inside[None, :]
-            pointer = row + (i[:, None] * channels + c[None, :]) * TAPS + tap
-            begun = (i < inter * again)[:, None] & c_inside[None, :]
+            # In the order of the rows k, whatever the weight's; `parameters.sum_kernel` knows.
+            pointer = row + i[:, None] * (channels * TAPS) + k[None, :]
+            begun = (i < inter * again)[:, None] & k_inside[None, :]
             total = tl.load(pointer, mask=begun, other=0.0)
-            tile = load_tile(source, c, o, c_inside, inside, channels, voxels, CL)
+            tile = tl.load(source + at(c[:, None], o, channels, voxels, CL), mask=mask, other=0.0)
             total = tl.dot(ds, tl.trans(tile), total, input_precision=PRECISION)
-            tl.store(pointer, total, mask=mask)
+            tl.store(pointer, total, mask=(i < inter)[:, None] & k_inside[None, :])
 
 
 @triton.jit
@@ -113,13 +112,12 @@ def backward_kernel(
     C, G, I, Sd, Sh, Sw, Sv, Rd, Rh, Rw, Rv, Qd, Qh, Qw, Qv,
     total_tiles, tiles_d, tiles_h, tiles_w, room, columns, at_phi, at_bias, at_psi, at_psi_bias,
     scale_d, scale_h, scale_w, spread_d, spread_h, spread_w, reach_d, reach_h, reach_w,
-    phi_scale_d, phi_scale_h, phi_scale_w,
+    phi_scale_d, phi_scale_h, phi_scale_w, kernel_d, kernel_h, kernel_w,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BOX: tl.constexpr, FULL: tl.constexpr,
     BI: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
     X_CL: tl.constexpr, DY_CL: tl.constexpr, G_CL: tl.constexpr, THETA_CL: tl.constexpr, PHI_CL: tl.constexpr,
-    DS_CL: tl.constexpr,
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
-    SW: tl.constexpr,
+    DS_CL: tl.constexpr, WEIGHT_CL: tl.constexpr,
+    TAPS: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
     PHI_D: tl.constexpr, PHI_H: tl.constexpr, PHI_W: tl.constexpr,
     PROJECT: tl.constexpr, THROUGH: tl.constexpr, SPLIT: tl.constexpr, GAPS: tl.constexpr,
@@ -136,8 +134,9 @@ def backward_kernel(
     if partial is not None:
         partial += pid.to(tl.int64) * columns
     if scratch is not None:
-        scratch += pid.to(tl.int64) * room
-    for tile in range(pid, total_tiles, tl.num_programs(0)):
+        scratch += pid.to(tl.int64) * (room + TAPS * BT)
+    # Not pipelined: what a tile reads in one step others of its threads may have written in the step before.
+    for tile in tl.range(pid, total_tiles, tl.num_programs(0), num_stages=1):
         again = (tile != pid).to(tl.int32)
         n, d0, h0, w0 = tile_begin(tile, tiles_d, tiles_h, tiles_w, BD, BH, BW)
         v, d, h, w, inside = tile_voxels(d0, h0, w0, Rd, Rh, Rw, Rv, BD, BH, BW, BOX, OFFSET)
@@ -145,13 +144,13 @@ def backward_kernel(
 
         # d logit, [BT]
         dlogit = tl.zeros([BT], tl.float32)
+        ups = None
         if dy is not None:
             xs, dys = sample(x, n, C, Sv), sample(dy, n, C, Sv)
             alphas = sample(alpha, n, 1, Rv)
             if BOX:
                 # Own: the patches of this tile's voxels, and what lies beyond the last; theta has no stride
-                # in
-                # the chain, where a voxel belongs to the tile that holds its lower tap.
+                # in the chain, where a voxel belongs to the tile that holds its lower tap.
                 if PROJECT:
                     own_d, own_h, own_w = d0 * SD, h0 * SH, w0 * SW
                     end_d = tl.where(d0 + BD >= Rd, Sd, (d0 + BD) * SD)
@@ -178,7 +177,7 @@ def backward_kernel(
                     writes = o_inside & (od >= own_d) & (od < end_d) & (oh >= own_h) & (oh < end_h)
                     writes = writes & (ow >= own_w) & (ow < end_w)
                     if PROJECT:  # what no patch covers
-                        patched = (od % SD < KD) & (oh % SH < KH) & (ow % SW < KW)
+                        patched = (od % SD < kernel_d) & (oh % SH < kernel_h) & (ow % SW < kernel_w)
                         writes = writes & ~(patched & (od // SD < Rd) & (oh // SH < Rh) & (ow // SW < Rw))
                     if dx is not None and (GAPS or not PROJECT):
                         up = resized(
@@ -198,6 +197,16 @@ def backward_kernel(
                             )
                     if scratch is not None:
                         tl.store(scratch + q, product, mask=o_inside)
+                if PROJECT and THROUGH and dx is not None:
+                    ups = scratch + room
+                    for tap in range(0, TAPS):
+                        up = resized(
+                            alphas, 0, d * SD + tap // (kernel_h * kernel_w),
+                            h * SH + tap // kernel_w % kernel_h, w * SW + tap % kernel_w, inside,
+                            1, Rv, Rh * Rw, Rw, 0, 0, 0, Rd, Rh, Rw,
+                            scale_d, scale_h, scale_w, False, MODE_D, MODE_H, MODE_W, OFFSET,
+                        )  # fmt: skip
+                        tl.store(ups + tap * BT + tl.arange(0, BT), up)
                 if scratch is not None:
                     tl.debug_barrier()  # other threads wrote what this one reads
                     zero = tl.arange(0, 1).to(OFFSET)
@@ -251,9 +260,9 @@ def backward_kernel(
                         phis = sample(phi, n, I, Qv)
                     s = preactivation(
                         xs, gs, thetas, phis, theta_weight, phi_weight, bias, i, i_inside, v, d, h, w, inside,
-                        C, G, I, Sh, Sw, Sv, Rh, Rw, Rv, Qd, Qh, Qw, Qv, phi_scale_d, phi_scale_h,
-                        phi_scale_w,
-                        BI, BT, BK, X_CL, G_CL, THETA_CL, PHI_CL, KD, KH, KW, SD, SH, SW,
+                        C, G, I, Sh, Sw, Sv, Rh, Rw, Rv, Qd, Qh, Qw, Qv, kernel_h, kernel_w,
+                        phi_scale_d, phi_scale_h, phi_scale_w,
+                        BI, BT, BK, X_CL, G_CL, THETA_CL, PHI_CL, WEIGHT_CL, TAPS, SD, SH, SW,
                         PHI_D, PHI_H, PHI_W, PRECISION, OFFSET,
                     )  # fmt: skip
                 weight = tl.load(psi + i, mask=i_inside, other=0.0)
@@ -272,20 +281,18 @@ def backward_kernel(
                     # One block holds all of I.
                     rounded = ds.to(x.dtype.element_ty)
                     _whole(
-                        dy, x, g, theta_weight, phi_weight, alpha, dx, dg, dtheta, partial, rounded, n, again,
-                        v, d, h, w, inside, C, G, I, Sh, Sw, Sv, Rd, Rh, Rw, Rv, at_phi, scale_d, scale_h,
-                        scale_w,
-                        BI, BT, BK, X_CL, DY_CL, G_CL, DS_CL, KD, KH, KW, SD, SH, SW, MODE_D, MODE_H, MODE_W,
+                        dy, x, g, theta_weight, phi_weight, alpha, ups, dx, dg, dtheta, partial, rounded, n,
+                        again, v, d, h, w, inside, C, G, I, kernel_h, kernel_w, Sh, Sw, Sv, Rh, Rw, Rv,
+                        at_phi, BI, BT, BK, X_CL, DY_CL, G_CL, DS_CL, WEIGHT_CL, TAPS, SD, SH, SW,
                         SPLIT, SUM_THETA, SUM_PHI, PRECISION, OFFSET,
                     )  # fmt: skip
             if PROJECT and SPLIT:
                 if dx is not None or dg is not None:
                     tl.debug_barrier()  # ds was stored by other threads
                     _whole(
-                        dy, x, g, theta_weight, phi_weight, alpha, dx, dg, dtheta, partial, None, n, again,
-                        v, d, h, w, inside, C, G, I, Sh, Sw, Sv, Rd, Rh, Rw, Rv, at_phi, scale_d, scale_h,
-                        scale_w,
-                        BI, BT, BK, X_CL, DY_CL, G_CL, DS_CL, KD, KH, KW, SD, SH, SW, MODE_D, MODE_H, MODE_W,
+                        dy, x, g, theta_weight, phi_weight, alpha, ups, dx, dg, dtheta, partial, None, n,
+                        again, v, d, h, w, inside, C, G, I, kernel_h, kernel_w, Sh, Sw, Sv, Rh, Rw, Rv,
+                        at_phi, BI, BT, BK, X_CL, DY_CL, G_CL, DS_CL, WEIGHT_CL, TAPS, SD, SH, SW,
                         SPLIT, SUM_THETA, SUM_PHI, PRECISION, OFFSET,
                     )  # fmt: skip
             if partial is not None:
@@ -294,13 +301,11 @@ def backward_kernel(
 
 @triton.jit
 def _whole(
-    dy, x, g, theta_weight, phi_weight, alpha, dx, dg, ds_map, partial, ds, n, again, v, d, h, w, inside,
-    C, G, I, Sh, Sw, Sv, Rd, Rh, Rw, Rv, at_phi, scale_d, scale_h, scale_w,
-    BI: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, X_CL: tl.constexpr, DY_CL: tl.constexpr,
-    G_CL: tl.constexpr, DS_CL: tl.constexpr,
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
-    SW: tl.constexpr,
-    MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr, SPLIT: tl.constexpr,
+    dy, x, g, theta_weight, phi_weight, alpha, ups, dx, dg, ds_map, partial, ds, n, again,
+    v, d, h, w, inside, C, G, I, kernel_h, kernel_w, Sh, Sw, Sv, Rh, Rw, Rv, at_phi,
+    BI: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, X_CL: tl.constexpr,
+    DY_CL: tl.constexpr, G_CL: tl.constexpr, DS_CL: tl.constexpr, WEIGHT_CL: tl.constexpr,
+    TAPS: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SPLIT: tl.constexpr,
     SUM_THETA: tl.constexpr, SUM_PHI: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """dx and dg of a tile, and the weight gradients' sums."""
@@ -315,10 +320,9 @@ def _whole(
         row = partial
     if dx is not None or SUM_THETA:
         map_gradients(
-            sample(x, n, C, Sv), dxs, theta_weight, row, ds, dss, dys, alphas, again,
-            d, h, w, v, inside, C, I, Rv, Rd, Rh, Rw, Sh, Sw, Sv, scale_d, scale_h, scale_w,
-            BI, BT, BK, X_CL, DY_CL, DS_CL, KD, KH, KW, SD, SH, SW, MODE_D, MODE_H, MODE_W,
-            SPLIT, PRECISION, OFFSET,
+            sample(x, n, C, Sv), dxs, theta_weight, row, ds, dss, dys, alphas, ups, again, d, h, w, v, inside,
+            C, I, kernel_h, kernel_w, Rv, Sh, Sw, Sv,
+            BI, BT, BK, X_CL, DY_CL, DS_CL, WEIGHT_CL, TAPS, SD, SH, SW, SPLIT, PRECISION, OFFSET,
         )  # fmt: skip
     if dg is not None:
         dgs = sample(dg, n, G, Rv)
@@ -326,8 +330,7 @@ def _whole(
         row_g = partial + at_phi
     if dg is not None or SUM_PHI:
         map_gradients(
-            sample(g, n, G, Rv), dgs, phi_weight, row_g, ds, dss, None, alphas, again,
-            d, h, w, v, inside, G, I, Rv, Rd, Rh, Rw, Rh, Rw, Rv, scale_d, scale_h, scale_w,
-            BI, BT, BK, G_CL, DY_CL, DS_CL, 1, 1, 1, 1, 1, 1, "same", "same", "same",
-            SPLIT, PRECISION, OFFSET,
+            sample(g, n, G, Rv), dgs, phi_weight, row_g, ds, dss, None, None, None, again, d, h, w, v, inside,
+            G, I, 1, 1, Rv, Rh, Rw, Rv,
+            BI, BT, BK, G_CL, DY_CL, DS_CL, False, 1, 1, 1, 1, SPLIT, PRECISION, OFFSET,
         )  # fmt: skip

@@ -1,22 +1,26 @@
 """The forward pass: one launch from (x, theta, phi) or (x, g) to y and alpha.
 
 A program owns a tile of coarse voxels (R, the grid of theta and alpha): it makes their logits, I channels in
-blocks of BI, then multiplies the fine voxels (S, the grid of x) that are theirs. Bytes per sample, e an
-element:
+blocks of BI, then multiplies the fine voxels (S, the grid of x) that are theirs. Bytes per sample, at e bytes
+an element:
 
-- one grid: reads C + 2I (chain) or C + G (whole) channels, writes C and alpha. The whole gate reads x twice,
-the
-  second time from L2: a tile of 128 voxels x 64 channels is 32 KB, and all tiles under way fit in 50 MB.
+- one grid: reads C + 2I (chain) or C + G (whole) channels, writes C and alpha. The whole gate reads x again
+  from L2: a tile of 128 voxels x 64 channels is 32 KB, and all tiles under way fit in 50 MB.
 - S finer than R, linear: fine voxel o belongs to the tile that holds its lower tap, so a tile needs alpha one
   coarse voxel beyond its end. Two ways to have it there:
     recompute   tiles of B voxels an axis own B - 1; theta and phi (whole: x and g) are read
                 h = prod(B / (B - 1)) times: 1.14 for 16 x 16, 1.49 for 8 x 8 x 8, nearly all of it from L2,
                 since neighbours run together
     1 channel   alpha through memory and a second launch: reads all of x once more, C of about 2C
-  Memory counts 1.0 to h against 1.5, so it is recomputed. Where arithmetic binds (deep 3D gates), (h - 1)
-  more
-  products cost more than the bytes: `geometry.halo_pays` compares them and the launch is split.
+  Memory counts 1.0 to h against 1.5, so it is recomputed. Where arithmetic binds (deep 3D gates), h - 1 times
+  the products cost more than the bytes: `geometry.halo_pays` compares them and the launch is split.
 - nearest: no neighbour is needed, h = 1.
+- g on a grid Q of its own, whole gate: phi = W_g g commutes with its resize, so there are two ways too:
+    resize g    in this launch: 2 I G operations and 2^d taps of G channels (from L1) a voxel of R
+    resize phi  made on Q by a launch before: 2 I G operations a voxel of Q, I channels of Q through memory in
+                float32, 2^d taps of I channels a voxel of R
+  With Q twice as coarse and G = 2 I the former does 2^d times the products and twice the loads, to save 8 I Q
+  bytes beside the 2 e C S of x and y: phi is resized.
 """
 
 import triton
@@ -27,26 +31,62 @@ from .resize import first_from, resized
 
 
 @triton.jit
+def patch_rows(k, channels, kernel_h, kernel_w, Sh, Sw, TAPS: tl.constexpr, CL: tl.constexpr):
+    """Channel c and tap of rows k of a patch, and the tap's distance from the patch's first voxel.
+
+    Rows lie as the elements of a weight [I, C, *kernel] do: taps innermost, or channels where maps are
+    channels last. The kernel's sizes are no constants: of a stride that it knows Triton would lay the threads
+    along the taps of a patch, and each would touch a memory sector of its own.
+    """
+    if TAPS == 1:
+        c, tap, away = k, k * 0, k * 0
+    else:
+        if CL:
+            c, tap = k % channels, k // channels
+        else:
+            c, tap = k // TAPS, k % TAPS
+        away = (tap // (kernel_h * kernel_w) * Sh + tap // kernel_w % kernel_h) * Sw + tap % kernel_w
+    return c, tap, away
+
+
+@triton.jit
+def patch_begin(
+    v, d, h, w, Sh, Sw,
+    TAPS: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """The fine voxel at which the patch of coarse voxel v begins."""
+    if TAPS * SD * SH * SW == 1:
+        fine = v
+    else:
+        fine = (d.to(OFFSET) * SD * Sh + h * SH) * Sw + w * SW
+    return fine
+
+
+@triton.jit
+def weight_at(i, k, channels, TAPS: tl.constexpr, CL: tl.constexpr, WEIGHT_CL: tl.constexpr):
+    """Offset of a weight's inner channel i and row k."""
+    row = k
+    if TAPS > 1 and CL and not WEIGHT_CL:
+        row = k % channels * TAPS + k // channels
+    return i * (channels * TAPS) + row
+
+
+@triton.jit
 def projected(
-    s, source, weight, i, i_inside, v, d, h, w, inside, channels, Sh, Sw, voxels,
-    BK: tl.constexpr, CL: tl.constexpr, KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    s, source, weight, i, i_inside, v, d, h, w, inside, channels, kernel_h, kernel_w, Sh, Sw, voxels,
+    BK: tl.constexpr, CL: tl.constexpr, WEIGHT_CL: tl.constexpr, TAPS: tl.constexpr,
     SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """s + weight * patches(source), [BI, voxels]; weight [I, C, KD, KH, KW]."""
-    TAPS: tl.constexpr = KD * KH * KW
-    k = tl.arange(0, BK).to(OFFSET)
-    # Taps inside, channels outside: so the taps of one patch meet in L1.
-    for step in range(0, tl.cdiv(channels, BK) * TAPS):
-        c, tap = step // TAPS * BK + k, step % TAPS
-        c_inside = c < channels
-        if TAPS * SD * SH * SW == 1:
-            fine = v
-        else:
-            fine = (d.to(OFFSET) * SD + tap // (KH * KW)) * Sh + h * SH + tap // KW % KH
-            fine = fine * Sw + w * SW + tap % KW
-        tile = load_tile(source, c, fine, c_inside, inside, channels, voxels, CL)
-        mask = i_inside[:, None] & c_inside[None, :]
-        part = tl.load(weight + (i[:, None] * channels + c[None, :]) * TAPS + tap, mask=mask, other=0.0)
+    """s + weight * patches(source), [BI, voxels]; weight [I, C, *kernel]."""
+    begin = patch_begin(v, d, h, w, Sh, Sw, TAPS, SD, SH, SW, OFFSET)
+    for k0 in range(0, channels * TAPS, BK):
+        k = k0 + tl.arange(0, BK).to(OFFSET)
+        k_inside = k < channels * TAPS
+        c, tap, away = patch_rows(k, channels, kernel_h, kernel_w, Sh, Sw, TAPS, CL)
+        offset = at(c[:, None], begin[None, :] + away[:, None], channels, voxels, CL)
+        tile = tl.load(source + offset, mask=k_inside[:, None] & inside[None, :], other=0.0)
+        place = weight_at(i[:, None], k[None, :], channels, TAPS, CL, WEIGHT_CL)
+        part = tl.load(weight + place, mask=i_inside[:, None] & k_inside[None, :], other=0.0)
         s = tl.dot(part.to(tile.dtype), tile, s, input_precision=PRECISION)
     return s
 
@@ -55,11 +95,10 @@ def projected(
 def preactivation(
     x, g, theta, phi, theta_weight, phi_weight, bias, i, i_inside, v, d, h, w, inside, C, G, I, Sh, Sw, Sv,
     Rh, Rw, Rv,
-    Qd, Qh, Qw, Qv, phi_scale_d, phi_scale_h, phi_scale_w,
+    Qd, Qh, Qw, Qv, kernel_h, kernel_w, phi_scale_d, phi_scale_h, phi_scale_w,
     BI: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     X_CL: tl.constexpr, G_CL: tl.constexpr, THETA_CL: tl.constexpr, PHI_CL: tl.constexpr,
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
-    SW: tl.constexpr,
+    WEIGHT_CL: tl.constexpr, TAPS: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PHI_D: tl.constexpr, PHI_H: tl.constexpr, PHI_W: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
@@ -67,13 +106,13 @@ def preactivation(
     s = tl.zeros([BI, BT], tl.float32)
     if theta_weight is not None:
         s = projected(
-            s, x, theta_weight, i, i_inside, v, d, h, w, inside, C, Sh, Sw, Sv,
-            BK, X_CL, KD, KH, KW, SD, SH, SW, PRECISION, OFFSET,
+            s, x, theta_weight, i, i_inside, v, d, h, w, inside, C, kernel_h, kernel_w, Sh, Sw, Sv,
+            BK, X_CL, WEIGHT_CL, TAPS, SD, SH, SW, PRECISION, OFFSET,
         )  # fmt: skip
     if phi_weight is not None:
         s = projected(
-            s, g, phi_weight, i, i_inside, v, d, h, w, inside, G, Rh, Rw, Rv,
-            BK, G_CL, 1, 1, 1, 1, 1, 1, PRECISION, OFFSET,
+            s, g, phi_weight, i, i_inside, v, d, h, w, inside, G, 1, 1, Rh, Rw, Rv,
+            BK, G_CL, False, 1, 1, 1, 1, PRECISION, OFFSET,
         )  # fmt: skip
     if bias is not None:
         s += tl.load(bias + i, mask=i_inside, other=0.0)[:, None]
@@ -96,13 +135,12 @@ def preactivation(
 def forward_kernel(
     x, g, theta, phi, theta_weight, phi_weight, bias, psi, psi_bias, y, alpha, preact, scratch,
     C, G, I, Sd, Sh, Sw, Sv, Rd, Rh, Rw, Rv, Qd, Qh, Qw, Qv,
-    tiles_d, tiles_h, tiles_w, own_d, own_h, own_w,
+    tiles_d, tiles_h, tiles_w, own_d, own_h, own_w, kernel_h, kernel_w,
     scale_d, scale_h, scale_w, spread_d, spread_h, spread_w, phi_scale_d, phi_scale_h, phi_scale_w,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BOX: tl.constexpr, FULL: tl.constexpr,
     BI: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr,
     X_CL: tl.constexpr, G_CL: tl.constexpr, THETA_CL: tl.constexpr, PHI_CL: tl.constexpr,
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
-    SW: tl.constexpr,
+    WEIGHT_CL: tl.constexpr, TAPS: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     MODE_D: tl.constexpr, MODE_H: tl.constexpr, MODE_W: tl.constexpr,
     PHI_D: tl.constexpr, PHI_H: tl.constexpr, PHI_W: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, OFFSET: tl.constexpr,
@@ -129,8 +167,9 @@ def forward_kernel(
         i_inside = i < I
         s = preactivation(
             x, g, theta, phi, theta_weight, phi_weight, bias, i, i_inside, v, d, h, w, inside,
-            C, G, I, Sh, Sw, Sv, Rh, Rw, Rv, Qd, Qh, Qw, Qv, phi_scale_d, phi_scale_h, phi_scale_w,
-            BI, BT, BK, X_CL, G_CL, THETA_CL, PHI_CL, KD, KH, KW, SD, SH, SW, PHI_D, PHI_H, PHI_W,
+            C, G, I, Sh, Sw, Sv, Rh, Rw, Rv, Qd, Qh, Qw, Qv, kernel_h, kernel_w,
+            phi_scale_d, phi_scale_h, phi_scale_w,
+            BI, BT, BK, X_CL, G_CL, THETA_CL, PHI_CL, WEIGHT_CL, TAPS, SD, SH, SW, PHI_D, PHI_H, PHI_W,
             PRECISION, OFFSET,
         )  # fmt: skip
         if preact is not None:

@@ -136,14 +136,12 @@ def halo_pays(
 
 
 def splits(inter: int, depth: int, voxels: int, rows: int, tile: int, element: int, most: int) -> bool:
-    """Whether a whole gate's backward stores ds (I channels) and makes the weight gradients in a second
-    launch.
+    """Whether a whole gate's backward stores ds (I channels) and makes weight gradients in a second launch.
 
     Bytes a coarse voxel, K = `depth` rows of [x's patch; g]: adding up in the workspace reads and writes I x
-    K
-    sums a tile (from L2, three times as fast as memory), and the rows are written and read once at the end.
-    A second launch writes and reads ds, and reads x and g again. More than `most` inner channels don't fit
-    at once.
+    K sums a tile (from L2, three times as fast as memory), and the rows are written and read once at the end.
+    A second launch writes and reads ds, and reads x and g again. More than `most` inner channels don't fit at
+    once.
     """
     inside = 8 * inter * depth * (1 / (3 * tile) + rows / max(voxels, 1))
     return inter > most or inside > element * (2 * inter + depth)

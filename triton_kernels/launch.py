@@ -44,8 +44,8 @@ class Blocks:
     programs: int = 2
 
 
-# The first of each list runs where nothing is timed; bench/triton_resources.csv says what it takes of each
-# GPU: none spills registers. The others only run where they were the faster ones.
+# The first of each list runs where nothing is timed. bench/triton_resources.csv says what each takes of a
+# GPU: none spills registers.
 CHAIN = (
     Blocks(256),
     Blocks(128),
@@ -55,19 +55,22 @@ CHAIN = (
 _WHOLE = (
     Blocks(128, warps=8, programs=1),
     Blocks(64),
-    Blocks(128, depth=64, warps=8, programs=1),
+    Blocks(64, depth=64, warps=8, programs=1),
 )
 _WHOLE_BACKWARD = (
     Blocks(64, depth=16, warps=8, programs=1),
-    Blocks(32),
-    Blocks(64, depth=64, warps=8, programs=1),
+    Blocks(32, depth=16),
+    Blocks(32, warps=8, programs=1),
 )
 # Of float32 by three products each operand takes twice the registers.
 _WHOLE_FLOAT32 = (
     Blocks(64, depth=16, inter=64, warps=8, programs=1),
     Blocks(32, depth=16, inter=64, warps=8, programs=1),
 )
-_WHOLE_BACKWARD_FLOAT32 = _WHOLE_FLOAT32
+_WHOLE_BACKWARD_FLOAT32 = (
+    Blocks(64, depth=16, inter=32, warps=8, programs=1),
+    Blocks(32, depth=16, inter=64, warps=8, programs=1),
+)
 
 
 def whole(t: Tensor) -> tuple[Blocks, ...]:

@@ -51,6 +51,17 @@ def tile_begin(tile, tiles_d, tiles_h, tiles_w, step_d, step_h, step_w):
 
 
 @triton.jit
+def scattered(v):
+    """v, in a way that hides from Triton how it is aligned, by a zero that it can't know.
+
+    It gives all accesses to tiles of one shape the longest vectors that one of them can have. Where some are
+    strided (patches) or shifted (a finer grid), these would fetch a memory sector once for every element of a
+    vector; without vectors neighbouring threads take neighbouring elements, and whole sectors all the same.
+    """
+    return v + tl.program_id(1)
+
+
+@triton.jit
 def tile_voxels(
     d0, h0, w0, Rd, Rh, Rw, voxels,
     BD: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BOX: tl.constexpr, OFFSET: tl.constexpr,
@@ -60,7 +71,7 @@ def tile_voxels(
     if BOX:
         d, h, w = d0 + j // (BH * BW), h0 + j // BW % BH, w0 + j % BW
         inside = (d < Rd) & (h < Rh) & (w < Rw)
-        v = (d.to(OFFSET) * Rh + h) * Rw + w
+        v = scattered((d.to(OFFSET) * Rh + h) * Rw + w)
     else:
         v = w0.to(OFFSET) + j
         inside = v < voxels

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._library import empty_results
 from . import launch
-from .geometry import Resize, grid_of, layout_of, native, new_map
+from .geometry import Resize, grid_of, is_channels_last, layout_of, native, new_map
 from .passes import (
     ONE,
     Gradients,
@@ -102,9 +102,11 @@ def _whole(
     x, g = _maps(x, x=(x, None), g=(g, None))
     ones = [1] * (x.ndim - 2)
     kernel = theta_weight.shape[2:]
-    theta_weight, phi_weight, bias, psi, psi_bias = _parameters(
-        x, theta_weight=(theta_weight, [inter, x.shape[1], *[None] * len(ones)]),
-        phi_weight=(phi_weight, [inter, g.shape[1], *ones]), bias=(bias, [inter]),
+    _check(theta_weight, "theta_weight", x, [inter, x.shape[1], *[None] * len(ones)], torch.float32)
+    # Networks in channels last have their weights so too: taken as they are.
+    theta_weight = native(theta_weight) if is_channels_last(x) else theta_weight.contiguous()
+    phi_weight, bias, psi, psi_bias = _parameters(
+        x, phi_weight=(phi_weight, [inter, g.shape[1], *ones]), bias=(bias, [inter]),
         psi_weight=(psi, [inter]), psi_bias=(psi_bias, [1]),
     )  # fmt: skip
     if len(stride) != len(ones) or any(not 1 <= k <= s for k, s in zip(kernel, stride, strict=True)):
@@ -130,11 +132,7 @@ def _whole(
 def _phi_apart(p: Problem) -> tuple[Tensor, Tensor] | None:
     """Where g is on a grid of its own, phi is made there, which p then takes for g: returns g and its weight.
 
-    phi on g's grid is I channels of a grid that is mostly coarser; made tile by tile inside the pass, g
-    would be
-    multiplied once for every voxel of theta's grid instead. It stays in float32: rounded, it could change
-    relu's
-    side.
+    Why: see the head of `forward`. It stays in float32: rounded, it could change relu's side.
     """
     if p.phi_resize.identity:
         return None
@@ -260,19 +258,9 @@ def attention_logits_fwd(
         stride, phi_resize, activation, store,
     )  # fmt: skip
     p = _whole(
-        x,
-        g,
-        theta_weight,
-        phi_weight,
-        bias,
-        psi_weight,
-        psi_bias,
-        stride,
-        phi_resize,
-        "linear",
-        activation,
-        False,
-    )
+        x, g, theta_weight, phi_weight, bias, psi_weight, psi_bias,
+        stride, phi_resize, "linear", activation, False,
+    )  # fmt: skip
     with launch.on_device_of(x):
         if not p.empty:
             _phi_apart(p)
@@ -290,19 +278,9 @@ def attention_gate_bwd(
         stride, phi_resize, alpha_resize, activation, needs,
     )  # fmt: skip
     p = _whole(
-        x,
-        g,
-        theta_weight,
-        phi_weight,
-        bias,
-        psi_weight,
-        None,
-        stride,
-        phi_resize,
-        alpha_resize,
-        activation,
-        True,
-    )
+        x, g, theta_weight, phi_weight, bias, psi_weight, None,
+        stride, phi_resize, alpha_resize, activation, True,
+    )  # fmt: skip
     with launch.on_device_of(x):
         slopes = _slopes(dy, p), _channel(dalpha, "dalpha", p), _channel(alpha, "alpha", p)
         _whole_backward(p, results, needs, *slopes, preact)
@@ -317,19 +295,9 @@ def attention_logits_bwd(
         stride, phi_resize, activation, needs,
     )  # fmt: skip
     p = _whole(
-        x,
-        g,
-        theta_weight,
-        phi_weight,
-        bias,
-        psi_weight,
-        None,
-        stride,
-        phi_resize,
-        "linear",
-        activation,
-        False,
-    )
+        x, g, theta_weight, phi_weight, bias, psi_weight, None,
+        stride, phi_resize, "linear", activation, False,
+    )  # fmt: skip
     with launch.on_device_of(x):
         _whole_backward(p, results, needs, None, _channel(dlogits, "dlogits", p), None, preact)
     return results
@@ -377,8 +345,7 @@ def _whole_backward(
         run_weights(p, dphi, g, dweight, ONE, ONE, launch.whole_backward(g)[0])
 
 
-# ------------------------------------------------------------------------------------------------ the
-# multiply
+# ----------------------------------------------------------------------------------------------- the multiply
 
 
 def _apply(x: Tensor, alpha: Tensor, alpha_resize: str) -> Problem:

@@ -1,22 +1,27 @@
 """Kernels around the two passes: sums of partial results, weight gradients of a stored ds, one projection
 alone, and the adjoint of phi's resize. The last three serve gates whose g is on a grid of its own, or that
-are
-bound by arithmetic; maps of I channels on g's grid are small beside x.
+are bound by arithmetic; maps of I channels on g's grid are small beside x.
 """
 
 import triton
 import triton.language as tl
 
-from .maps import load_tile, sample, store_tile, tile_begin, tile_voxels
+from .forward import patch_begin, patch_rows, weight_at
+from .maps import at, load_tile, sample, scattered, store_tile, tile_begin, tile_voxels
 from .resize import gathered
 
 
 @triton.jit
 def sum_kernel(
     partial, out_theta, out_phi, out_bias, out_psi, out_psi_bias, rows, columns,
-    at_phi, at_bias, at_psi, at_psi_bias, BR: tl.constexpr, BN: tl.constexpr,
+    at_phi, at_bias, at_psi, at_psi_bias, channels,
+    TAPS: tl.constexpr, CL: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Each gradient's columns of partial [rows, columns], summed over rows in one fixed order."""
+    """Each gradient's columns of partial [rows, columns], summed over rows in one fixed order.
+
+    The columns of a patch product of maps that are channels last (CL) have their taps outside, out_theta
+    inside.
+    """
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     total = tl.zeros([BR, BN], tl.float32)
     for row0 in range(0, rows, BR):
@@ -27,7 +32,9 @@ def sum_kernel(
         )
     value = tl.sum(total, 0)
     if out_theta is not None:
-        tl.store(out_theta + column, value, mask=column < at_phi)
+        wide = channels * TAPS
+        place = weight_at(column // wide, column % wide, channels, TAPS, CL, False)
+        tl.store(out_theta + place, value, mask=column < at_phi)
     if out_phi is not None:
         tl.store(out_phi + column - at_phi, value, mask=(column >= at_phi) & (column < at_bias))
     if out_bias is not None:
@@ -40,35 +47,32 @@ def sum_kernel(
 
 @triton.jit
 def weights_kernel(
-    ds, source, partial, channels, inter, Sh, Sw, Sv, Rd, Rh, Rw, Rv, samples, tiles, columns, at, blocks_i,
-    blocks_k,
+    ds, source, partial, channels, inter, kernel_h, kernel_w, Sh, Sw, Sv, Rd, Rh, Rw, Rv,
+    samples, tiles, columns, blocks_i, blocks_k,
     BI: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, DS_CL: tl.constexpr, CL: tl.constexpr,
-    KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr,
-    SW: tl.constexpr,
+    TAPS: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PRECISION: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """partial[row, at:] = ds * patches(source)^T over the tiles row, row + rows, ...: [I, channels, taps]."""
-    TAPS: tl.constexpr = KD * KH * KW
+    """partial[row] = ds * patches(source)^T over the tiles row, row + rows, ...: [I, channels * taps]."""
     block = tl.program_id(0) % (blocks_i * blocks_k)
     row, rows = tl.program_id(0) // (blocks_i * blocks_k), tl.num_programs(0) // (blocks_i * blocks_k)
-    step = block // blocks_i
     i = block % blocks_i * BI + tl.arange(0, BI).to(OFFSET)
-    c, tap = step // TAPS * BK + tl.arange(0, BK).to(OFFSET), step % TAPS
+    k = block // blocks_i * BK + tl.arange(0, BK).to(OFFSET)
+    i_inside, k_inside = i < inter, k < channels * TAPS
+    c, tap, away = patch_rows(k, channels, kernel_h, kernel_w, Sh, Sw, TAPS, CL)
     total = tl.zeros([BI, BK], tl.float32)
     for tile in range(row, samples * tiles, rows):
-        n, _, _, w0 = tile_begin(tile, 1, 1, tiles, 1, 1, BT)
-        v, d, h, w, inside = tile_voxels(0, 0, w0, Rd, Rh, Rw, Rv, 1, 1, BT, False, OFFSET)
-        if TAPS * SD * SH * SW == 1:
-            o = v
-        else:
-            o = (d.to(OFFSET) * SD + tap // (KH * KW)) * Sh + h * SH + tap // KW % KH
-            o = o * Sw + w * SW + tap % KW
-        slopes = load_tile(sample(ds, n, inter, Rv), i, v, i < inter, inside, inter, Rv, DS_CL)
-        values = load_tile(sample(source, n, channels, Sv), c, o, c < channels, inside, channels, Sv, CL)
+        n, d0, h0, w0 = tile_begin(tile, 1, 1, tiles, 1, 1, BT)
+        v, d, h, w, inside = tile_voxels(d0, h0, w0, Rd, Rh, Rw, Rv, 1, 1, BT, False, OFFSET)
+        if TAPS * SD * SH * SW != 1:
+            v = scattered(v)
+        o = patch_begin(v, d, h, w, Sh, Sw, TAPS, SD, SH, SW, OFFSET)[None, :] + away[:, None]
+        slopes = load_tile(sample(ds, n, inter, Rv), i, v, i_inside, inside, inter, Rv, DS_CL)
+        pointer = sample(source, n, channels, Sv) + at(c[:, None], o, channels, Sv, CL)
+        values = tl.load(pointer, mask=k_inside[:, None] & inside[None, :], other=0.0)
         total = tl.dot(slopes.to(values.dtype), tl.trans(values), total, input_precision=PRECISION)
-    mask = (i < inter)[:, None] & (c < channels)[None, :]
-    pointer = partial + row.to(tl.int64) * columns + at
-    tl.store(pointer + (i[:, None] * channels + c[None, :]) * TAPS + tap, total, mask=mask)
+    pointer = partial + row.to(tl.int64) * columns + i[:, None] * (channels * TAPS) + k[None, :]
+    tl.store(pointer, total, mask=i_inside[:, None] & k_inside[None, :])
 
 
 @triton.jit

@@ -32,6 +32,8 @@ from .parameters import project_kernel, spread_kernel, sum_kernel, weights_kerne
 ONE = (1, 1, 1)
 # Elements of a sample from which offsets take 64 bits; lanes beyond the end must not wrap around.
 WIDE_FROM = 2**31 - 2**20
+# Bytes of scratch that all programs of a launch may take together.
+SCRATCH = 2**24
 
 
 @dataclass
@@ -88,13 +90,23 @@ class Problem:
         return self.x.shape[1] if self.x is not None else 1
 
     @property
+    def gating_channels(self) -> int:
+        """G; 0 where there is no g."""
+        return self.g.shape[1] if self.g is not None else 0
+
+    @property
+    def taps(self) -> int:
+        """Voxels of a patch."""
+        return math.prod(self.kernel)
+
+    @property
     def depth(self) -> int:
         """K: rows of [x's patch; g]."""
-        return self.channels * math.prod(self.kernel) + (self.g.shape[1] if self.g is not None else 0)
+        return self.channels * self.taps + self.gating_channels
 
     def offset(self) -> tl.dtype:
         """The type of indices inside a sample."""
-        largest = max(self.channels, self.inter, self.g.shape[1] if self.g is not None else 1)
+        largest = max(self.channels, self.inter, self.gating_channels)
         voxels = max(math.prod(grid) for grid in (self.fine, self.coarse, self.gating))
         return tl.int64 if largest * voxels >= WIDE_FROM else tl.int32
 
@@ -104,7 +116,7 @@ class Problem:
         return (
             *more, str(self.like.dtype), self.full, self.kernel, self.stride, self.activation,
             self.alpha_resize.modes, self.phi_resize.modes, power_of_two(self.inter),
-            power_of_two(self.depth),
+            power_of_two(self.depth), _last(self.theta_weight),
             *(m if m is None else is_channels_last(m) for m in maps), launch.precision(self.like),
         )  # fmt: skip
 
@@ -127,21 +139,16 @@ def _blocks_of_inter(p: Problem, blocks: Blocks, voxels: int) -> int:
 
 
 def _sizes(p: Problem) -> dict:
-    sizes = {"C": p.channels, "G": p.g.shape[1] if p.g is not None else 1, "I": p.inter}
+    sizes = {"C": p.channels, "G": p.gating_channels, "I": p.inter}
     for letter, grid in (("S", p.fine), ("R", p.coarse), ("Q", p.gating)):
-        sizes.update(
-            {
-                f"{letter}d": grid[0],
-                f"{letter}h": grid[1],
-                f"{letter}w": grid[2],
-                f"{letter}v": math.prod(grid),
-            }
-        )
+        sizes.update(_by_axis(letter, grid))
+        sizes[f"{letter}v"] = math.prod(grid)
     return sizes
 
 
-def _by_axis(prefix: str, values: Sequence) -> dict:
-    return dict(zip((f"{prefix}d", f"{prefix}h", f"{prefix}w"), values, strict=True))
+def _by_axis(prefix: str, values: Sequence, upper: bool = False) -> dict:
+    """One argument an axis; constants of a kernel in upper case."""
+    return {prefix + axis: value for axis, value in zip("DHW" if upper else "dhw", values, strict=True)}
 
 
 def _options(p: Problem, tiles: Tiles) -> dict:
@@ -150,12 +157,12 @@ def _options(p: Problem, tiles: Tiles) -> dict:
         **_sizes(p), **_by_axis("tiles_", tiles.counts),
         **_by_axis("scale_", p.alpha_resize.scale), **_by_axis("spread_", p.alpha_resize.spread),
         **_by_axis("phi_scale_", p.phi_resize.scale),
-        **dict(zip(("BD", "BH", "BW"), tiles.shape, strict=True)), "BOX": tiles.box, "FULL": p.full,
+        **_by_axis("B", tiles.shape, upper=True), "BOX": tiles.box, "FULL": p.full,
         "X_CL": _last(p.x), "G_CL": _last(p.g), "PHI_CL": _last(p.phi),
-        **dict(zip(("KD", "KH", "KW"), p.kernel, strict=True)), **dict(zip(("SD", "SH", "SW"), p.stride,
-        strict=True)),
-        **dict(zip(("MODE_D", "MODE_H", "MODE_W"), p.alpha_resize.modes, strict=True)),
-        **dict(zip(("PHI_D", "PHI_H", "PHI_W"), p.phi_resize.modes, strict=True)),
+        "WEIGHT_CL": _last(p.theta_weight), "kernel_h": p.kernel[1], "kernel_w": p.kernel[2],
+        "TAPS": p.taps, **_by_axis("S", p.stride, upper=True),
+        **_by_axis("MODE_", p.alpha_resize.modes, upper=True),
+        **_by_axis("PHI_", p.phi_resize.modes, upper=True),
         "ACTIVATION": p.activation, "PRECISION": launch.precision(p.like), "OFFSET": p.offset(),
     }  # fmt: skip
 
@@ -178,7 +185,7 @@ def run_forward(p: Problem, y: Tensor | None, alpha: Tensor, preact: Tensor | No
         if y is not None and not p.alpha_resize.identity:
             tiles = boxes(p.coarse, blocks.voxels, _linear_axes(p.alpha_resize))
             ratio = math.prod(p.fine) / math.prod(p.coarse)
-            counted = (p.channels, p.depth - p.channels * math.prod(p.kernel), p.inter, math.prod(p.kernel))
+            counted = (p.channels, p.gating_channels, p.inter, p.taps)
             if p.project and not halo_pays(tiles, *counted, ratio, p.like.element_size()):
                 tiles, target = runs(p.coarse, blocks.voxels), None
         voxels = math.prod(tiles.shape)
@@ -202,9 +209,8 @@ def run_forward(p: Problem, y: Tensor | None, alpha: Tensor, preact: Tensor | No
 
 
 def _depth(p: Problem, blocks: Blocks) -> int:
-    """BK: no more than there are channels."""
-    most = max(p.channels, p.g.shape[1] if p.g is not None else 1)
-    return max(16, min(blocks.depth, power_of_two(most)))
+    """BK: no more than there are rows."""
+    return max(16, min(blocks.depth, power_of_two(max(p.channels * p.taps, p.gating_channels))))
 
 
 def run_apply_alone(p: Problem, alpha: Tensor, y: Tensor) -> None:
@@ -222,7 +228,7 @@ def run_apply(p: Problem, alpha: Tensor, y: Tensor, blocks: Blocks) -> None:
         apply_kernel, p.samples * tiles.total, p.x, alpha, y, tiles=tiles.total, blocks=blocks,
         **sizes, **_by_axis("scale_", p.alpha_resize.scale),
         BC=_block(blocks.elements, voxels, p.channels, p.x), BF=voxels, X_CL=_last(p.x),
-        **dict(zip(("MODE_D", "MODE_H", "MODE_W"), p.alpha_resize.modes, strict=True)), OFFSET=p.offset(),
+        **_by_axis("MODE_", p.alpha_resize.modes, upper=True), OFFSET=p.offset(),
     )  # fmt: skip
 
 
@@ -259,9 +265,7 @@ def run_backward(
     preact: Tensor | None = None,
 ) -> None:
     """Fills all of `out` from the gradients of y and alpha (dalpha: of the logits, where not p.full)."""
-    if out.dx is not None and dy is None and not p.project:
-        out.dx.zero_()
-    if out.dx is not None and dy is None and p.project and (_gaps(p) or p.empty):
+    if out.dx is not None and dy is None and (not p.project or _gaps(p) or p.empty):
         out.dx.zero_()
     if p.empty:
         for t in out.parameters:
@@ -298,10 +302,7 @@ def _backward(
     through = (
         sums or any(t is not None for t in (out.ds, out.dphi, out.dg)) or (p.project and out.dx is not None)
     )
-    sizes = [
-        p.channels * math.prod(p.kernel) * p.inter,
-        (p.depth - p.channels * math.prod(p.kernel)) * p.inter,
-    ]
+    sizes = [p.channels * p.taps * p.inter, p.gating_channels * p.inter]
     weight_rows = min(total, 256)
     split = p.project and through and splits(
         p.inter, p.depth, p.samples * math.prod(p.coarse), weight_rows, voxels, p.like.element_size(),
@@ -309,6 +310,11 @@ def _backward(
     )  # fmt: skip
     fused_weights = whole_weights and not split
     rows = weight_rows if fused_weights else min(total, 1024)
+    needs_alpha = through or out.dalpha is not None
+    # A program's scratch: x * dy at the fine voxels around a tile, and alpha at those of its patches.
+    room = math.prod(_box_room(p, tiles)) if box and needs_alpha else 0
+    if room:
+        rows = max(1, min(rows, SCRATCH // (4 * (room + p.taps * voxels))))
     widths = [
         w if fused_weights and t is not None else 0 for w, t in zip(sizes, out.parameters, strict=False)
     ]
@@ -317,13 +323,11 @@ def _backward(
     columns = sum(widths)
     like = p.like
     partial = like.new_empty((rows, columns), dtype=torch.float32) if sums else None
-    room = math.prod(_box_room(p, tiles)) if box else 0
-    needs_alpha = through or out.dalpha is not None
-    scratch = like.new_empty((rows, room), dtype=torch.float32) if box and needs_alpha else None
+    scratch = like.new_empty((rows, room + p.taps * voxels), dtype=torch.float32) if room else None
     ds = out.ds
     if ds is None and split:
         ds = new_map(p.x, p.inter, p.coarse)
-    fine = voxels if not box else 256
+    fine = voxels if not tiles.box else 256
     launch.start(
         backward_kernel, rows,
         dy, dalpha, p.x, p.g, p.theta, p.phi, p.theta_weight, p.phi_weight, p.bias, p.psi, alpha, preact,
@@ -332,7 +336,7 @@ def _backward(
         total_tiles=total, room=room, columns=columns, at_phi=at[1], at_bias=at[2], at_psi=at[3],
         at_psi_bias=at[4],
         **_by_axis("reach_", p.alpha_resize.reach),
-        BI=_blocks_of_inter(p, blocks, voxels), BK=_depth(p, blocks),
+        kernel_d=p.kernel[0], BI=_blocks_of_inter(p, blocks, voxels), BK=_depth(p, blocks),
         BC=_block(blocks.elements, fine, p.channels, p.x),
         BF=fine, DY_CL=_last(dy), THETA_CL=_last(p.theta if preact is None else preact),
         DS_CL=_last(p.x if p.project else p.theta),
@@ -342,7 +346,7 @@ def _backward(
     )  # fmt: skip
     if sums:
         skip = [t if i > 1 or fused_weights else None for i, t in enumerate(out.parameters)]
-        _sum(partial, skip, at)
+        _sum(partial, skip, at, p.channels, p.taps, _last(p.x))
     if whole_weights and split:
         for source, gradient, kernel, stride in (
             (p.x, out.theta_weight, p.kernel, p.stride),
@@ -363,12 +367,20 @@ def _box_room(p: Problem, tiles: Tiles) -> list[int]:
     return room
 
 
-def _sum(partial: Tensor, gradients: Sequence[Tensor | None], at: Sequence[int]) -> None:
+def _sum(
+    partial: Tensor,
+    gradients: Sequence[Tensor | None],
+    at: Sequence[int],
+    channels: int,
+    taps: int,
+    last: bool,
+) -> None:
+    """channels, taps, last: of the map whose weight comes first."""
     rows, columns = partial.shape
     block = min(64, power_of_two(columns))
     launch.start(
-        sum_kernel, -(-columns // block), partial, *gradients, rows, columns, *at[1:],
-        BR=min(power_of_two(rows), 2048 // block), BN=block, blocks=Blocks(0),
+        sum_kernel, -(-columns // block), partial, *gradients, rows, columns, *at[1:], channels,
+        TAPS=taps, CL=last, BR=min(power_of_two(rows), 2048 // block), BN=block, blocks=Blocks(0),
     )  # fmt: skip
 
 
@@ -379,28 +391,27 @@ def run_weights(
     channels, taps = source.shape[1], math.prod(kernel)
     coarse, fine = grid_of(ds), grid_of(source)
     # Both operands of the product are as long as a tile: of float32, by three products, 32 fill the
-    # registers.
-    tiles = runs(coarse, min(blocks.voxels, 32 if source.dtype == torch.float32 else 64))
-    bi, bk = max(16, min(power_of_two(p.inter), 64)), max(16, min(power_of_two(channels), 64))
-    blocks_i, blocks_k = -(-p.inter // bi), -(-channels // bk) * taps
-    # Enough rows to fill a GPU; no more, for each is written and read once.
-    rows = max(1, min(p.samples * tiles.total, 512 // (blocks_i * blocks_k) + 1))
+    # registers. Patches are to have another shape than the product (`maps.scattered`).
+    short = source.dtype == torch.float32 or fine != coarse
+    tiles = runs(coarse, min(blocks.voxels, 32 if short else 64))
     columns = p.inter * channels * taps
     if columns == 0:
         return
+    bi, bk = (max(16, min(power_of_two(n), 64)) for n in (p.inter, channels * taps))
+    blocks_i, blocks_k = -(-p.inter // bi), -(-channels * taps // bk)
+    # Enough rows to fill a GPU; no more, for each is written and read once.
+    rows = max(1, min(p.samples * tiles.total, 512 // (blocks_i * blocks_k) + 1))
     partial = source.new_empty((rows, columns), dtype=torch.float32)
-    sizes = dict(zip(("Sh", "Sw", "Sv"), (*fine[1:], math.prod(fine)), strict=True))
     launch.start(
-        weights_kernel, rows * blocks_i * blocks_k, ds, source, partial, channels, p.inter, **sizes,
+        weights_kernel, rows * blocks_i * blocks_k, ds, source, partial, channels, p.inter,
+        kernel_h=kernel[1], kernel_w=kernel[2], Sh=fine[1], Sw=fine[2], Sv=math.prod(fine),
         **_by_axis("R", coarse), Rv=math.prod(coarse), samples=p.samples, tiles=tiles.total, columns=columns,
-        at=0,
         blocks_i=blocks_i, blocks_k=blocks_k, BI=bi, BK=bk, BT=math.prod(tiles.shape),
-        DS_CL=_last(ds), CL=_last(source),
-        **dict(zip(("KD", "KH", "KW"), kernel, strict=True)), **dict(zip(("SD", "SH", "SW"), stride,
-        strict=True)),
+        DS_CL=_last(ds), CL=_last(source), TAPS=taps, **_by_axis("S", stride, upper=True),
         PRECISION=launch.precision(source), OFFSET=p.offset(), blocks=blocks,
     )  # fmt: skip
-    _sum(partial, (gradient, None, None, None, None), (0, columns, columns, columns, columns))
+    at = (0, columns, columns, columns, columns)
+    _sum(partial, (gradient, None, None, None, None), at, channels, taps, _last(source))
 
 
 def run_project(p: Problem, source: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> None:
@@ -444,6 +455,6 @@ def run_spread(p: Problem, slopes: Tensor, out: Tensor) -> None:
         count,
         *p.phi_resize.scale, *p.phi_resize.spread, *p.phi_resize.reach, BI=bi, BT=voxels,
         CL=_last(slopes), OUT_CL=_last(out),
-        **dict(zip(("MODE_D", "MODE_H", "MODE_W"), p.phi_resize.modes, strict=True)), OFFSET=p.offset(),
+        **_by_axis("MODE_", p.phi_resize.modes, upper=True), OFFSET=p.offset(),
         blocks=blocks,
     )  # fmt: skip
