@@ -442,7 +442,7 @@ def run_project(p: Problem, source: Tensor, weight: Tensor, out: Tensor, transpo
 
 def run_spread(p: Problem, slopes: Tensor, out: Tensor) -> None:
     """out [I, Q] = resize^T(slopes [I, R])."""
-    blocks = launch.CHAIN[2]
+    blocks = launch.CHAIN[0]
     tiles = runs(p.gating, blocks.voxels)
     voxels = math.prod(tiles.shape)
     bi = _block(blocks.elements, voxels, p.inter, slopes)
