@@ -273,6 +273,8 @@ def run_backward(
                 t.zero_()
         return
     choices = launch.whole_backward(p.like) if p.project else launch.CHAIN
+    if p.project and p.depth <= 16:
+        choices = choices[1:]  # loops of one step unroll, and the first tile's registers don't suffice
     wanted = tuple(t is not None for t in (dy, dalpha, preact, *vars(out).values()))
     launch.tuned(
         p.key("backward", wanted), p.like.device, choices,
