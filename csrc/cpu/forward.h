@@ -1,114 +1,121 @@
 // Forward. Bytes that must move on one grid: x and g read once, y written once, alpha written (1 channel).
 //
-// A tile is a run of coarse voxels with all channels, held in cache. Registers hold kRows inter channels x
+// A tile is a panel of coarse voxels with all channels, held in cache. Registers hold kRows inter channels x
 // kCols vectors of voxels; psi's dot product is taken from them, so neither theta, phi nor q ever reaches
-// memory. On one grid y is written from the tile while it is in cache; otherwise alpha goes to memory (it is
-// an output), and `apply` multiplies the fine rows in a second phase that the schedule runs while x is still
-// in the last-level cache.
+// memory. All else is done aside, a few lines between two steps of the arithmetic: the first product loads
+// the tile, the next tile is fetched, and on one grid y of the tile before is written. Otherwise alpha goes
+// to memory (it is an output), and `apply` multiplies the fine rows in a second phase that the schedule runs
+// while x is still in the last-level cache.
 #pragma once
 #include "preactivation.h"
 
 namespace attn_gate::cpu {
 namespace {
 
-// y = x * alpha for voxels [v, v + len) of sample n, from x as it lies in memory.
-template <class T, class A>
-void weigh_voxels(const Problem& p, int64_t n, int64_t v, int64_t len, const A* alpha) {
-  const int64_t C = p.x.channels, voxels = p.x.grid.voxels();
-  if (p.y.channels_last) {
-    const T* from = sample_of<T>(p.x, n) + v * C;
-    T* to = sample_of<T>(p.y, n) + v * C;
-    for (int64_t i = 0; i < len; ++i)
-      for (int64_t c = 0; c < C; ++c) to[i * C + c] = from_acc<T>(to_acc(from[i * C + c]) * alpha[i]);
-    return;
+// y = x * alpha on one grid for a tile's voxels of sample n, some rows at a time. x comes from the tile where
+// that holds it as rows, else from memory.
+template <class T>
+class Weigh {
+  using A = Acc<T>;
+
+ public:
+  Weigh(const Problem& p, int64_t n)
+      : x_(sample_of<T>(p.x, n)), y_(sample_of<T>(p.y, n)),
+        alpha_(static_cast<const A*>(p.alpha) + n * p.coarse.voxels()), channels_(p.x.channels),
+        voxels_(p.x.grid.voxels()), channels_last_(p.y.channels_last) {}
+
+  // Finishes what it was at, and takes on the voxels [v, v + len) for as many calls of step(); tile: x's
+  // rows, `ld` apart, or null.
+  void begin(int64_t v, int64_t len, int64_t calls, const A* tile, int64_t ld) {
+    finish();
+    v_ = v, len_ = len, tile_ = tile, ld_ = ld;
+    rows_ = channels_last_ ? len : channels_;
+    some_ = (rows_ + calls - 1) / calls;
   }
-  for (int64_t c = 0; c < C; ++c) {
-    const T* from = sample_of<T>(p.x, n) + c * voxels + v;
-    T* to = sample_of<T>(p.y, n) + c * voxels + v;
-    for (int64_t i = 0; i < len; ++i) to[i] = from_acc<T>(to_acc(from[i]) * alpha[i]);
+  inline __attribute__((always_inline)) void step() {
+    for (int64_t left = smaller(some_, rows_ - row_); left > 0; --left) {
+      // Stores to lines that are still on their way would hold up the arithmetic.
+      if (!channels_last_) own(smaller(row_ + 2 * some_, rows_ - 1));
+      row(row_++);
+    }
   }
-}
+  void finish() {
+    while (row_ < rows_) row(row_++);
+    row_ = rows_ = 0;
+  }
+
+ private:
+  inline __attribute__((always_inline)) void own(int64_t r) {
+    const T* to = y_ + r * voxels_ + v_;
+    for (int64_t i = 0; i < len_; i += int64_t(64 / sizeof(T))) __builtin_prefetch(to + i, 1, 3);
+  }
+  inline __attribute__((always_inline)) void row(int64_t r) {
+    const int64_t at = channels_last_ ? (v_ + r) * channels_ : r * voxels_ + v_;
+    const A* alpha = alpha_ + v_;
+    if (channels_last_) {
+      for (int64_t c = 0; c < channels_; ++c) y_[at + c] = from_acc<T>(to_acc(x_[at + c]) * alpha[r]);
+    } else if (tile_) {
+      const A* x = tile_ + r * ld_;
+      int64_t i = 0;
+      if constexpr (std::is_same_v<T, A>)
+        for (; i + kLanes<A> <= len_; i += kLanes<A>) store(y_ + at + i, load(x + i) * load(alpha + i));
+      for (; i < len_; ++i) y_[at + i] = from_acc<T>(x[i] * alpha[i]);
+    } else {
+      for (int64_t i = 0; i < len_; ++i) y_[at + i] = from_acc<T>(to_acc(x_[at + i]) * alpha[i]);
+    }
+  }
+  const T* x_;
+  T* y_;
+  const A* alpha_;
+  const int64_t channels_, voxels_;
+  const bool channels_last_;
+  const A* tile_ = nullptr;
+  int64_t ld_ = 0, v_ = 0, len_ = 0, rows_ = 0, row_ = 0, some_ = 0;
+};
+
+// What the products of a tile do aside: the tile before is written, the next one fetched.
+template <class T>
+struct Aside {
+  std::optional<Weigh<T>> behind;
+  Ahead ahead;
+  inline __attribute__((always_inline)) void step() {
+    if (behind) behind->step();
+    ahead.step();
+  }
+};
 
 template <class T>
 void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0, int64_t v1) {
   using A = Acc<T>;
   Worker<T> work(p, layout, false);
-  const int64_t ld = work.ld, voxels = p.coarse.voxels(), K = p.depth();
+  const int64_t ld = work.ld, voxels = p.coarse.voxels();
   const A psi_bias = p.psi_bias ? *static_cast<const A*>(p.psi_bias) : A(0);
-  const bool write_y = p.y && p.same_grid(), blocked = K > layout.depth_block;
-  // On one grid the tile's first C rows are x itself.
-  const bool x_in_tile = p.uses_x() && !blocked && !p.y.channels_last;
-  Buffer<A> alpha(ld), partial(blocked ? work.packed.inter * ld : 0);
-  const int64_t tiles = (v1 - v0 + ld - 1) / ld, step = round_up((v1 - v0 + tiles - 1) / tiles, 48);
-  for (int64_t v = v0; v < v1; v += step) {
-    const int64_t end = smaller(v + step, v1), len = end - v, next = smaller(end + step, v1);
+  const bool x_in_tile = p.uses_x() && !p.centre_x && !p.y.channels_last;
+  Buffer<A> alpha(ld);
+  Aside<T> aside;
+  if (p.y && p.same_grid()) aside.behind.emplace(p, n);
+  for (int64_t v = v0; v < v1; v += ld) {
+    const int64_t end = smaller(v + ld, v1), len = end - v;
     work.load_given(n, v, end);
+    work.for_parts([&](const Part& part) {
+      if (!work.in_rows(part) && !work.in_pairs(part)) work.load_part(part, n, v, end);
+    });
+    aside.ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
 
-    // All but the last block of the depth leave their sums in `partial`.
-    DepthBlock last{};
-    bool begun = false;
-    auto add_block = [&](const DepthBlock& b, const DepthBlock& after) {
-      work.load_block(b, n, v, end, work.input);
-      Ahead ahead;
-      work.fetch_block(after, n, v, end, ahead);
-      ahead.over(work.fetches(len, b.rows));
-      for_panels<A>(len, [&](auto nv, int64_t at) {
-        constexpr int NV = decltype(nv)::value;
-        for (int64_t i = 0; i < p.inter; i += kRows) {
-          Vec<A> acc[kRows][NV];
-          A* sums = partial + i * ld + at;
-          work.template begin_with_bias<NV>(i, acc);
-          if (begun)
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-              for (int j = 0; j < NV; ++j) acc[r][j] = load(sums + r * ld + j * kLanes<A>);
-          work.template product<NV>(i, at, b.k0, b.rows, acc, ahead);
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-            for (int j = 0; j < NV; ++j) store(sums + r * ld + j * kLanes<A>, acc[r][j]);
-        }
-      });
-      begun = true;
-    };
-    if (blocked) {
-      work.for_blocks(layout.depth_block, [&](const DepthBlock& b) {
-        if (last.rows) add_block(last, b);
-        last = b;
-      });
-      work.load_block(last, n, v, end, work.input);
-    } else {
-      last = {true, 0, 0, 0, p.project ? K : 0};
-      work.load_input(n, v, end);
-    }
-
-    Ahead ahead;
-    if (blocked) {
-      bool first = true;
-      work.for_blocks(layout.depth_block, [&](const DepthBlock& b) {
-        if (first) work.fetch_block(b, n, end, next, ahead);
-        first = false;
-      });
-      ahead.over(work.fetches(len, last.rows));
-    } else {
-      ahead = work.next_tile(n, end, next, len);
-    }
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       Vec<A> logit[NV];
       for (int j = 0; j < NV; ++j) logit[j] = splat(psi_bias);
       for (int64_t i = 0; i < p.inter; i += kRows) {
         Vec<A> acc[kRows][NV];
-        work.template begin_with_bias<NV>(i, acc);
-        if (blocked)
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-            for (int j = 0; j < NV; ++j) acc[r][j] = load(partial + (i + r) * ld + at + j * kLanes<A>);
-        work.template product<NV>(i, at, last.k0, last.rows, acc, ahead);
-        if (!last.rows) ahead.fetch();
-        work.template add_given<NV>(i, at, acc);
+        if (i || !p.project) {
+          work.template preactivation<NV>(i, at, acc, aside);
+        } else {
+          work.template begin_with_bias<NV>(i, acc);
+          work.for_parts(
+              [&](const Part& part) { work.template first_product<NV>(part, n, v, len, at, acc, aside); });
+          work.template add_given<NV>(i, at, acc);
+        }
         if (p.preact)
           for (int r = 0; r < kRows; ++r)
             for (int j = 0; j < NV; ++j) store(work.given + (i + r) * ld + at + j * kLanes<A>, acc[r][j]);
@@ -122,15 +129,11 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     });
     std::memcpy(static_cast<A*>(p.alpha) + n * voxels + v, alpha, size_t(len) * sizeof(A));
     if (p.preact) store_tile<false, T>(p.preact, work.flat, n, v, end, static_cast<const A*>(work.given), ld);
-    if (!write_y) continue;
-    if (!x_in_tile) {
-      weigh_voxels<T>(p, n, v, len, static_cast<const A*>(alpha));
-      continue;
-    }
-    T* to = sample_of<T>(p.y, n) + v;
-    for (int64_t c = 0; c < p.x.channels; ++c)
-      for (int64_t i = 0; i < len; ++i) to[c * voxels + i] = from_acc<T>(work.input[c * ld + i] * alpha[i]);
+    if (!aside.behind) continue;
+    aside.behind->begin(v, len, work.looks_aside(ld), x_in_tile ? work.rows : nullptr, ld);
+    work.turn_over();
   }
+  if (aside.behind) aside.behind->finish();
 }
 
 // Fine rows a piece of work takes at a time: enough voxels for whole vectors and long runs of memory.

@@ -80,7 +80,7 @@ void moments_tiles(const Moments& p, int64_t group, bool begin, int64_t n, int64
           const A *a = turned + i / pitch * pitch * ld + i % pitch, *b = turned + q * ld + at;
           for (int64_t d = 0; d < len; d += kStep) {
             multiply<A, NV>(a + d * pitch, pitch, b + d * pitch, pitch, smaller(kStep, len - d), acc);
-            ahead.fetch();
+            ahead.step();
           }
           A block[kRows][NV * kLanes<A>];
           std::memcpy(block, acc, sizeof block);
@@ -161,7 +161,7 @@ void moments_backward_tiles(const Moments& p, int64_t n, int64_t v0, int64_t v1)
         const A *w = slope + i / kBlock<A> * kBlock<A> * K + i % kBlock<A>, *x = rows + at;
         for (int64_t k = 0; k < K; k += kStep) {
           multiply<A, NV>(w + k * kBlock<A>, kBlock<A>, x + k * ld, ld, smaller(kStep, K - k), acc);
-          ahead.fetch();
+          ahead.step();
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r)

@@ -67,8 +67,8 @@ void pack_unit(const Problem& p, bool backward, int64_t u) {
   }
 }
 
-constexpr int64_t kStep =
-    16;  // depth of the product between two looks ahead: a few lines at a time stall nothing
+// Depth of the product between two looks aside: a few lines of memory at a time stall nothing.
+constexpr int64_t kStep = 16;
 
 // Takes the centres off rows [k0, k1) of the input, which lie in `rows`.
 template <class A>
@@ -82,10 +82,12 @@ void centre_rows(const Problem& p, int64_t k0, int64_t k1, int64_t len, int64_t 
   }
 }
 
-// A part of the product's depth: channels [c0, c1) of x or g, which are its rows from k0 on.
-struct DepthBlock {
-  bool of_x;
-  int64_t c0, c1, k0, rows;
+// One factor of the input: x's patches or g, rows of the product's depth from k0 on.
+struct Part {
+  const Map& map;
+  const Patches& patches;
+  bool centred;
+  int64_t k0, rows;
 };
 
 // What a thread holds while it goes through its tiles.
@@ -98,7 +100,8 @@ struct Worker {
   const Patches patches;  // of x on the coarse grid
   const Patches flat;     // the coarse grid on itself
   const bool has_given;   // theta, phi or a stored s
-  Buffer<A> input;        // [rows][ld]: patches of x, then g, or one block of them
+  Buffer<A> input;        // [K][ld]: patches of x, then g; in forward the tile before, too
+  A* rows;                // this tile's of them
   Buffer<A> given;        // [I][ld]
   std::optional<Resizer<A>> phi;
 
@@ -106,48 +109,39 @@ struct Worker {
       : p(p_), ld(layout.tile), packed(p_, backward),
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
         has_given(p_.theta || p_.phi || (p_.preact && !p_.project)),
-        input(smaller(p_.depth(), layout.depth_block) * layout.tile),
+        input((backward ? 1 : 2) * p_.depth() * layout.tile), rows(input),
         given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
   }
 
-  // Calls f(first, count, k0) for blocks of at most `rows` rows of x, then of g: whole channels.
+  // Forward: what this tile holds stays while the next one is loaded.
+  void turn_over() { rows = rows == input ? input + p.depth() * ld : static_cast<A*>(input); }
+
   template <class F>
-  void for_blocks(int64_t rows, F&& f) const {
-    const int64_t taps = p.taps(), at_once = rows / taps > 0 ? rows / taps : 1;
-    for (int64_t c = 0; p.uses_x() && c < p.x.channels; c += at_once) {
-      const int64_t end = smaller(c + at_once, p.x.channels);
-      f(DepthBlock{true, c, end, c * taps, (end - c) * taps});
-    }
-    for (int64_t c = 0; c < p.rows_g(); c += rows) {
-      const int64_t end = smaller(c + rows, p.rows_g());
-      f(DepthBlock{false, c, end, p.rows_x() + c, end - c});
-    }
+  void for_parts(F&& f) const {
+    if (p.uses_x()) f(Part{p.x, patches, p.centre_x != nullptr, 0, p.rows_x()});
+    if (p.g) f(Part{p.g, flat, p.centre_g != nullptr, p.rows_x(), p.rows_g()});
   }
-  // Rows of a block into the tile's from `to` on.
-  void load_block(const DepthBlock& b, int64_t n, int64_t v0, int64_t v1, A* to) {
-    const Map& m = b.of_x ? p.x : p.g;
-    load_tile<T>(m, b.of_x ? patches : flat, n, v0, v1, b.c0, b.c1, to, ld);
-    centre_rows(p, b.k0, b.k0 + b.rows, v1 - v0, ld, to);
-  }
-  void fetch_block(const DepthBlock& b, int64_t n, int64_t v0, int64_t v1, Ahead& ahead) const {
-    ahead.add<T>(b.of_x ? p.x : p.g, b.of_x ? patches : flat, n, v0, v1, b.c0, b.c1);
+  void load_part(const Part& part, int64_t n, int64_t v0, int64_t v1) {
+    A* to = rows + part.k0 * ld;
+    load_tile<T>(part.map, part.patches, n, v0, v1, to, ld);
+    if (part.centred) centre_rows(p, part.k0, part.k0 + part.rows, v1 - v0, ld, to);
   }
   void load_input(int64_t n, int64_t v0, int64_t v1) {
-    for_blocks(p.depth(), [&](const DepthBlock& b) { load_block(b, n, v0, v1, input + b.k0 * ld); });
+    for_parts([&](const Part& part) { load_part(part, n, v0, v1); });
   }
 
-  // How often preactivation() fetches ahead in a tile of `len` voxels.
-  int64_t fetches(int64_t len, int64_t rows) const {
-    const int64_t panels = (len + kCols * kLanes<A> - 1) / (kCols * kLanes<A>);
-    return panels * ((p.inter + kRows - 1) / kRows) * (rows > 0 ? (rows + kStep - 1) / kStep : 1);
+  // How often the products of a tile of `len` voxels look aside.
+  int64_t looks_aside(int64_t len) const {
+    const int64_t panels = (len + kCols * kLanes<A> - 1) / (kCols * kLanes<A>), K = p.project ? p.depth() : 0;
+    return panels * ((p.inter + kRows - 1) / kRows) * (K > 0 ? (K + kStep - 1) / kStep : 1);
   }
-  // What the voxels [v0, v1) will read, to be fetched during the panels of a tile of `len` voxels.
+  // What the voxels [v0, v1) will read, to be fetched during the products of a tile of `len` voxels.
   Ahead next_tile(int64_t n, int64_t v0, int64_t v1, int64_t len) const {
     Ahead ahead;
     if (p.dy && p.same_grid()) ahead.add<T>(p.dy, flat, n, v0, v1);
-    for_blocks(p.depth(), [&](const DepthBlock& b) { fetch_block(b, n, v0, v1, ahead); });
-    ahead.over(fetches(len, p.project ? p.depth() : 0));
+    for_parts([&](const Part& part) { ahead.add<T>(part.map, part.patches, n, v0, v1); });
+    ahead.over(looks_aside(len));
     return ahead;
   }
 
@@ -172,17 +166,76 @@ struct Worker {
       for (int64_t v = 0; v < padded; ++v) given[i * ld + v] += other[i * ld + v];
   }
 
-  // acc += W's rows [i, i + kRows), columns [k0, k0 + depth), times `depth` rows of the tile, NV vectors of
-  // voxels from v on.
-  template <int NV>
-  inline __attribute__((always_inline)) void product(int64_t i, int64_t v, int64_t k0, int64_t depth,
-                                                     Vec<A> (&acc)[kRows][NV], Ahead& ahead) const {
+  // W's rows [i, i + kRows) from column k0 on.
+  const A* weights(int64_t i, int64_t k0) const {
     const int64_t block = i / kBlock<A> * kBlock<A>;
-    const A *w = packed.forward + block * p.depth() + (i - block) + k0 * kBlock<A>, *x = input + v;
+    return packed.forward + block * p.depth() + (i - block) + k0 * kBlock<A>;
+  }
+  // acc += W's rows [i, i + kRows), columns [k0, k0 + depth), times these rows of the tile, NV vectors of
+  // voxels from v on. Between steps of the depth, `aside` does a little of something else.
+  template <int NV, class Aside>
+  inline __attribute__((always_inline)) void product(int64_t i, int64_t v, int64_t k0, int64_t depth,
+                                                     Vec<A> (&acc)[kRows][NV], Aside& aside) const {
+    const A *w = weights(i, k0), *x = rows + k0 * ld + v;
+    Vec<A> sums[kRows][NV];
+    copy<A, NV>(acc, sums);
     for (int64_t k = 0; k < depth; k += kStep) {
-      multiply<A, NV>(w + k * kBlock<A>, kBlock<A>, x + k * ld, ld, smaller(kStep, depth - k), acc);
-      ahead.fetch();
+      multiply<A, NV>(w + k * kBlock<A>, kBlock<A>, x + k * ld, ld, smaller(kStep, depth - k), sums);
+      aside.step();
     }
+    copy<A, NV>(sums, acc);
+  }
+
+  // Whether the first product can take a part's rows from memory: voxels of a map that lie side by side as in
+  // a tile, or pairs of them (patches two voxels wide) in rows of whole vectors.
+  bool in_rows(const Part& part) const {
+    return p.inter > 0 && !part.map.channels_last && !part.centred &&
+           part.patches.coarse == part.patches.map && part.patches.map.voxels() == part.patches.map.w;
+  }
+  bool in_pairs(const Part& part) const {
+    return p.inter > 0 && !part.map.channels_last && !part.centred && part.patches.kernel.w == 2 &&
+           part.patches.stride.w == 2 && part.patches.coarse.w % kLanes<A> == 0;
+  }
+  // The product of W's first rows with a part, whose rows are in the tile from then on: NV vectors of voxels
+  // from voxel v0 + v of sample n on, of a tile of `len` voxels.
+  template <int NV, class Aside>
+  inline __attribute__((always_inline)) void first_product(const Part& part, int64_t n, int64_t v0,
+                                                           int64_t len, int64_t v, Vec<A> (&acc)[kRows][NV],
+                                                           Aside& aside) {
+    A* to = rows + part.k0 * ld + v;
+    const bool whole = v + NV * kLanes<A> <= len, single = in_rows(part), pairs = in_pairs(part);
+    if ((single || pairs) && !whole) load_tile<T>(part.map, part.patches, n, v0 + v, v0 + len, to, ld);
+    if (!(single || pairs) || !whole) return product<NV>(0, v, part.k0, part.rows, acc, aside);
+    const int64_t stride = part.map.grid.voxels();
+    const A* w = weights(0, part.k0);
+    Vec<A> sums[kRows][NV];
+    copy<A, NV>(acc, sums);
+    if (single) {
+      const T* from = sample_of<T>(part.map, n) + v0 + v;
+      for (int64_t k = 0; k < part.rows; k += kStep) {
+        multiply_loading<T, A, NV>(w + k * kBlock<A>, kBlock<A>, from + k * stride, stride, to + k * ld, ld,
+                                   smaller(kStep, part.rows - k), sums);
+        aside.step();
+      }
+    } else {
+      const T* from[NV];
+      for (int j = 0; j < NV; ++j)
+        from[j] = sample_of<T>(part.map, n) + first_voxel(part.patches, v0 + v + j * kLanes<A>);
+      const Grid& kernel = part.patches.kernel;
+      int64_t since = 0;
+      for (int64_t c = 0; c < part.map.channels; ++c) {
+        for (int64_t d = 0; d < kernel.d; ++d)
+          for (int64_t h = 0; h < kernel.h; ++h) {
+            const int64_t at = c * stride + (d * part.map.grid.h + h) * part.map.grid.w;
+            multiply_loading_pairs<T, A, NV>(w, kBlock<A>, from, at, at + 4 * stride, to, ld, sums);
+            w += 2 * kBlock<A>, to += 2 * ld;
+          }
+        if ((since += kernel.voxels()) < kStep) continue;
+        aside.step();
+        since -= kStep;
+      }
+    }
+    copy<A, NV>(sums, acc);
   }
   template <int NV>
   inline __attribute__((always_inline)) void begin_with_bias(int64_t i, Vec<A> (&acc)[kRows][NV]) const {
@@ -201,15 +254,15 @@ struct Worker {
         for (int j = 0; j < NV; ++j) acc[r][j] += load(given + (i + r) * ld + v + j * kLanes<A>);
   }
 
-  // s of rows [i, i + kRows), NV vectors of voxels from v on, of a tile that holds all of the input.
-  template <int NV>
+  // s of rows [i, i + kRows), NV vectors of voxels from v on, of a tile that holds the input.
+  template <int NV, class Aside>
   inline __attribute__((always_inline)) void preactivation(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV],
-                                                           Ahead& ahead) const {
+                                                           Aside& aside) const {
     begin_with_bias<NV>(i, acc);
     if (p.project) {
-      product<NV>(i, v, 0, p.depth(), acc, ahead);
+      product<NV>(i, v, 0, p.depth(), acc, aside);
     } else {
-      ahead.fetch();
+      aside.step();
     }
     add_given<NV>(i, v, acc);
   }

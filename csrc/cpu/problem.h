@@ -102,7 +102,6 @@ struct Moments {
 // Sizes that operators and kernels must agree on; the kernels fill it in for their vector length.
 struct Layout {
   int64_t tile = 0;             // coarse voxels a tile
-  int64_t depth_block = 0;      // rows of the input that a tile holds at a time
   int64_t packed_elements = 0;  // of `packed`
   int64_t pack_units = 0;       // independent pieces of the packing
   // A group's sums: the weight gradient [I, K] in panels of `panel` columns, [K / panel][weight_rows][panel],

@@ -44,6 +44,13 @@ inline Patches patches_of(const Grid& map, const Grid& coarse, const Grid& kerne
 // A grid cut at the ends of its rows.
 inline Patches same_row_patches(const Grid& grid) { return {grid, grid, Grid(), Grid()}; }
 
+// Where on the map tap 0 of voxel v lies.
+inline int64_t first_voxel(const Patches& p, int64_t v) {
+  const int64_t w = v % p.coarse.w, row = v / p.coarse.w;
+  return ((row / p.coarse.h * p.stride.d) * p.map.h + row % p.coarse.h * p.stride.h) * p.map.w +
+         w * p.stride.w;
+}
+
 // Calls f(first, count, offset) for each piece of a grid row in the voxels [v0, v1): count voxels from v0 +
 // first on, whose tap 0 lies at voxel `offset` of the map, the next at offset + stride.w, ...
 template <class F>
@@ -80,13 +87,14 @@ inline void load_strided(const T* src, int64_t stride, A* dst, int64_t n) {
 }
 
 // even[i] = src[2 * i], odd[i] = src[2 * i + 1]
-template <class A, size_t... L>
-inline void split_pairs(const A* src, A* even, A* odd, int64_t n, std::index_sequence<L...>) {
+template <class A>
+inline void split_pairs(const A* src, A* even, A* odd, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes<A> <= n; i += kLanes<A>) {
-    const Vec<A> a = load(src + 2 * i), b = load(src + 2 * i + kLanes<A>);
-    store(even + i, __builtin_shufflevector(a, b, int(2 * L)...));
-    store(odd + i, __builtin_shufflevector(a, b, int(2 * L + 1)...));
+    Vec<A> a = load(src + 2 * i), b = load(src + 2 * i + kLanes<A>);
+    split(a, b);
+    store(even + i, a);
+    store(odd + i, b);
   }
   for (; i < n; ++i) even[i] = src[2 * i], odd[i] = src[2 * i + 1];
 }
@@ -123,8 +131,7 @@ void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1
           for_taps(p, [&](int64_t tap, int64_t step) {
             if (tap % 2) return;
             A* even = rows + (c * taps + tap) * ld + first;
-            split_pairs(base + c * voxels + offset + step, even, even + ld, some,
-                        std::make_index_sequence<kLanes<A>>{});
+            split_pairs(base + c * voxels + offset + step, even, even + ld, some);
           });
         });
       return;
@@ -241,12 +248,8 @@ class Ahead {
   template <class T>
   void add(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, int64_t c0, int64_t c1) {
     if (v0 >= v1 || runs_ == kMost) return;
-    auto voxel = [&](int64_t v) {
-      const int64_t w = v % p.coarse.w, row = v / p.coarse.w;
-      return ((row / p.coarse.h * p.stride.d) * p.map.h + row % p.coarse.h * p.stride.h) * p.map.w +
-             w * p.stride.w;
-    };
-    const int64_t first = voxel(v0), last = voxel(v1 - 1) + p.map.w * (p.kernel.h - 1) + p.kernel.w;
+    const int64_t first = first_voxel(p, v0),
+                  last = first_voxel(p, v1 - 1) + p.map.w * (p.kernel.h - 1) + p.kernel.w;
     const int64_t voxels = m.grid.voxels(), end = last < voxels ? last : voxels;
     const bool whole = m.channels_last && c1 - c0 == m.channels;  // one piece of memory
     const T* base = sample_of<T>(m, n) + (m.channels_last ? first * m.channels + c0 : c0 * voxels + first);
@@ -258,9 +261,9 @@ class Ahead {
     r.lines = (run * int64_t(sizeof(T)) + 63) / 64;
     total_ += r.rows * r.lines;
   }
-  // Divides the work by the number of times that fetch() will be called.
+  // Divides the work by the number of times that step() will be called.
   void over(int64_t calls) { some_ = calls > 0 ? (total_ + calls - 1) / calls : 0; }
-  inline __attribute__((always_inline)) void fetch() {
+  inline __attribute__((always_inline)) void step() {
     for (int64_t left = some_; left > 0 && now_ < runs_;) {
       Run& r = run_[now_];
       const int64_t count = smaller(left, r.lines - line_);
