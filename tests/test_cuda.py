@@ -32,6 +32,8 @@ def host(extension):
     """The extension; memory from torch.empty holds NaN, as shared memory always does."""
     extension.set_order(0)
     extension.set_processors(2)
+    extension.set_far(0)
+    extension.set_last_blocks(2**62)
     torch.use_deterministic_algorithms(True)
     assert torch.empty(7).isnan().all()
     yield extension
@@ -99,12 +101,12 @@ def test_same_bits_in_every_order_of_threads(case, order, host):
 
 @pytest.mark.parametrize(
     "case,backward",
-    [(SAME, 2), (NEAREST, 2), (RESIZED, 4), (GateCase("", (8, 12), (4, 6), kernel=2, stride=2), 3)],
+    [(SAME, 2), (NEAREST, 2), (RESIZED, 3), (GateCase("", (8, 12), (4, 6), kernel=2, stride=2), 3)],
     ids=["same grid", "nearest", "phi on a grid of its own", "linear"],
 )
 def test_number_of_kernels(case, backward, host):
-    """Forward is one. Backward is one and the sum of the partial sums; with a linear resize two and that; and
-    one for phi's gradient where phi is resized too."""
+    """Forward is one. Backward is one and the sum of the partial sums; with a linear resize, or where phi is
+    resized, two and that."""
     tensors = case.inputs("gate")
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
     host.take_launches()
@@ -266,6 +268,40 @@ def test_second_derivatives():
 
     assert torch.autograd.gradcheck(gate, tensors)
     assert torch.autograd.gradgradcheck(gate, tensors)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [SAME, RESIZED, NEAREST, CASES[2], CASES[10]], ids=lambda case: case.name)
+def test_strides_beyond_32_bits(case, dtype, layout, host):
+    """Channels (voxels, where channels are last) lie 2**31 elements apart, in memory mostly not there."""
+    host.set_far(dtype.itemsize)
+    on_host(case, "gate", dtype, layout)
+
+
+@pytest.mark.slow
+def test_voxels_beyond_32_bits(host):
+    """One channel of more than 2**31 voxels, mostly not there either: only the last blocks run, to
+    whom the last tile falls, forward and backward."""
+    torch.use_deterministic_algorithms(False)  # or torch.empty would write all of it
+    shape, last = (1, 1, 1, 2**31 + 2**20), (..., slice(-64, None))
+    try:
+        x, theta, dy = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(3))
+    except RuntimeError as error:
+        pytest.skip(f"no address space: {error}")
+    for t in (x, theta, dy):
+        t[last] = torch.randn(64)
+    psi, modes = torch.randn(1), ("linear", "linear", "relu")
+    kernels = torch.ops.attn_gate_cuda_host_kernels
+    host.set_last_blocks(2)
+    y, alpha = kernels.gate_fwd(x, theta, None, psi, None, *modes)
+    dx, dtheta, *_ = kernels.gate_bwd(dy, None, x, theta, None, psi, alpha, *modes, 0b11)
+    found = y, alpha, dx, dtheta
+    x, theta, dy = (t[last].float() for t in (x, theta, dy))
+    weight = torch.sigmoid(psi * theta.relu())
+    slope = dy * x * weight * (1 - weight) * psi * (theta > 0)
+    for ours, expected in zip(found, (x * weight, weight, dy * weight, slope), strict=True):
+        assert_close(ours[last].float(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("inter", [1023, 1024, 1025])

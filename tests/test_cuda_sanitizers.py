@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not() or
 # The logits' partial sums are read before all of them are there.
 NO_BARRIER = (
     "forward.cuh",
-    "part[int(threadIdx.x) * V + k] = sum.v[k];\n    __syncthreads();",
-    "part[int(threadIdx.x) * V + k] = sum.v[k];",
+    "store_run(part + int(threadIdx.x) * V, sum);\n    __syncthreads();",
+    "store_run(part + int(threadIdx.x) * V, sum);",
 )
 # One coarse voxel more than the tile needs: in shared memory, and behind the map.
 ONE_TOO_MANY_LOADED = (
@@ -28,6 +28,18 @@ SHARED_SUM = (
     "backward.cuh",
     "if (split.unit == 0 && i < chain.inter) sums[i] += sum;",
     "if (i < chain.inter) sums[i] += sum;",
+)
+# What lies beyond 2**31 elements is found elsewhere.
+NARROW_OFFSET = (
+    "device.h",
+    "static_cast<T*>(m.data) + n * m.sample + c * m.channel + voxel * m.voxel",
+    "static_cast<T*>(m.data) + int(n * m.sample + c * m.channel + voxel * m.voxel)",
+)
+# phi's planes are overwritten while others still read them.
+NO_BARRIER_IN_SWEEP = (
+    "phi_backward.cuh",
+    "    __syncthreads();  // before the next group\n",
+    "",
 )
 
 
@@ -57,6 +69,12 @@ def test_missing_barrier_shows_in_the_numbers(planted):
     assert any("alpha: error inf" in process.stderr for process in done)
 
 
+def test_narrow_offset_is_found(planted):
+    csrc = planted(*NARROW_OFFSET)
+    assert check.run("plain", "--tiny", csrc=csrc).returncode == 0
+    assert check.run("plain", "--tiny", "--far", csrc=csrc).returncode
+
+
 @pytest.mark.slow
 def test_no_address_is_wrong():
     """AddressSanitizer and UndefinedBehaviorSanitizer over the matrix."""
@@ -79,10 +97,17 @@ def test_no_race():
     [
         ("races", NO_BARRIER, r"data race.*(forward\.cuh|make_alpha_rows)"),
         ("races", SHARED_SUM, r"data race.*backward\.cuh"),
+        ("races", NO_BARRIER_IN_SWEEP, r"data race.*(phi_backward|resized|device)"),
         ("sanitized", ONE_TOO_MANY_LOADED, r"heap-buffer-overflow.*(forward|device|cuda_on_host)"),
         ("sanitized", ONE_TOO_MANY_STORED, r"heap-buffer-overflow.*forward\.cuh"),
     ],
-    ids=["missing barrier", "unordered sum", "one too many loaded", "one too many stored"],
+    ids=[
+        "missing barrier",
+        "unordered sum",
+        "missing barrier in a sweep",
+        "one too many loaded",
+        "one too many stored",
+    ],
 )
 def test_planted_bug_is_found(kind, bug, report, planted):
     done = check.run(kind, "--tiny", csrc=planted(*bug))

@@ -1,5 +1,5 @@
 // The backward kernels for every dtype, and their launches.
-#include "backward.cuh"
+#include "phi_backward.cuh"
 #include "plan.h"
 
 namespace attn_gate::cuda {
@@ -11,8 +11,8 @@ void launch_as(const Backward& p, int64_t groups, void* stream) {
 }
 
 template <class T>
-void launch_as(const PhiBackward& p, void* stream) {
-  launch(phi_backward<T>, p.batch * ((p.gating.voxels() + 31) / 32), 0, stream, p);
+void launch_as(const PhiBackward& p, int64_t groups, void* stream) {
+  launch(phi_backward<T>, groups * p.slices, shared_bytes(p, sizeof(Acc<T>), kWide<T>), stream, p);
 }
 
 }  // namespace
@@ -26,12 +26,12 @@ void launch_backward(const Backward& p, DType dtype, int64_t groups, void* strea
   }
 }
 
-void launch_phi_backward(const PhiBackward& p, DType dtype, void* stream) {
+void launch_phi_backward(const PhiBackward& p, DType dtype, int64_t groups, void* stream) {
   switch (dtype) {
-    case DType::f32: return launch_as<float>(p, stream);
-    case DType::f64: return launch_as<double>(p, stream);
-    case DType::bf16: return launch_as<__nv_bfloat16>(p, stream);
-    case DType::f16: return launch_as<__half>(p, stream);
+    case DType::f32: return launch_as<float>(p, groups, stream);
+    case DType::f64: return launch_as<double>(p, groups, stream);
+    case DType::bf16: return launch_as<__nv_bfloat16>(p, groups, stream);
+    case DType::f16: return launch_as<__half>(p, groups, stream);
   }
 }
 

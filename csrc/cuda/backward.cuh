@@ -8,7 +8,8 @@
 // One kernel does both where the grids are equal or the resize is nearest: a tile then holds all fine voxels
 // that its coarse ones receive from. With a linear resize a coarse voxel receives from the tiles around it,
 // so the kernel runs twice, and dfine lies in memory between: one channel, against the 3 C of stream. (A halo
-// instead would read x and dy of C channels again.)
+// instead would read x and dy of C channels again.) Where phi has a grid of its own, the second kernel is
+// that of phi_backward.cuh.
 //
 // Bytes that must move, for a voxel of x (e bytes an element, r coarse voxels for each fine one, dfine in
 // float):
@@ -67,10 +68,7 @@ __device__ void stream_rows(const Backward& p, const Tile& tile, const A* alpha,
     }
     Values<A, V> dot = {};
     if (split.unit < here) {
-      const A* from = resized ? line + split.unit * V : alpha + (first + split.unit) * V;
-      Values<A, V> a;
-#pragma unroll
-      for (int k = 0; k < V; ++k) a.v[k] = from[k];
+      const auto a = load_run<V>(resized ? line + split.unit * V : alpha + (first + split.unit) * V);
       const int64_t offset = tile.fine.offset(p.fine, (first + split.unit) * V);
       const int64_t begin = tile.sample * p.x.sample + split.row * p.x.channel + offset * p.x.voxel;
       stream_channels<V, T>(
@@ -78,8 +76,7 @@ __device__ void stream_rows(const Backward& p, const Tile& tile, const A* alpha,
           [&](int k) { return a.v[k]; }, [&](int k, A product) { dot.v[k] += product; });
     }
     if (wants_dots) {
-#pragma unroll
-      for (int k = 0; k < V; ++k) part[int(threadIdx.x) * V + k] = dot.v[k];
+      store_run(part + int(threadIdx.x) * V, dot);
       __syncthreads();
       for (int e = int(threadIdx.x); e < here * V; e += kThreads) {
         A sum = 0;
@@ -204,12 +201,8 @@ template <int V, class T>
 __device__ __forceinline__ Values<Acc<T>, V> chain_element(const Chain& chain, const Values<Acc<T>, V>& s,
                                                            T* dtheta, T* dphi, const Values<Acc<T>, V>& psi,
                                                            const Values<Acc<T>, V>& dlogit) {
-  using A = Acc<T>;
   if (dtheta) {
-    auto ds = activated_grad(chain.activation, s);
-#pragma unroll
-    for (int k = 0; k < V; ++k)  // a closed relu lets nothing through, not even NaN
-      ds.v[k] = ds.v[k] == A(0) ? A(0) : ds.v[k] * (dlogit.v[k] * psi.v[k]);
+    const auto ds = slope_of(chain.activation, s, psi, dlogit);
     store<V>(dtheta, ds);
     if (dphi) store<V>(dphi, ds);
   }
@@ -230,15 +223,11 @@ __device__ void chain_rows(const Backward& p, const Tile& tile, const A* psi, co
     const int u = first + split.unit;
     const bool inside = u < count;
     const int64_t offset = inside ? tile.own.offset(chain.coarse, u * V) : 0;
-    const Corners<A> corners = phi_corners<V, A>(chain, offset);
     Cursor<T> cursor(chain, tile.sample, split.row, offset, split.rows);
     T* dtheta = chain.dtheta ? at<T>(chain.dtheta, tile.sample, split.row, offset) : nullptr;
     T* dphi = chain.dphi ? at<T>(chain.dphi, tile.sample, split.row, offset) : nullptr;
     Values<A, V> slope = {};
-    if (inside) {
-#pragma unroll
-      for (int k = 0; k < V; ++k) slope.v[k] = dlogit[u * V + k];
-    }
+    if (inside) slope = load_run<V>(dlogit + u * V);
 #pragma unroll 1
     for (int step = 0; step < chain.inter;
          step += split.rows) {  // all lanes go round as often: they exchange
@@ -248,8 +237,7 @@ __device__ void chain_rows(const Backward& p, const Tile& tile, const A* psi, co
         Values<A, V> weight;
 #pragma unroll
         for (int k = 0; k < V; ++k) weight.v[k] = psi[i];
-        const auto dpsi =
-            chain_element<V>(chain, cursor.template read<V>(chain, corners), dtheta, dphi, weight, slope);
+        const auto dpsi = chain_element<V>(chain, cursor.template read<V>(), dtheta, dphi, weight, slope);
 #pragma unroll
         for (int k = 0; k < V; ++k) sum += dpsi.v[k];
       }
@@ -280,13 +268,12 @@ __device__ void chain_voxels(const Backward& p, const Tile& tile, const A* psi, 
       for (int k = 0; k < V; ++k) weight.v[k] = psi[i + k];
       for (int v = group; v < tile.own.voxels(); v += groups) {
         const int64_t offset = tile.own.offset(chain.coarse, v);
-        const Corners<A> corners = phi_corners<V, A>(chain, offset);
         const Cursor<T> cursor(chain, tile.sample, i, offset, 0);
         Values<A, V> slope;
 #pragma unroll
         for (int k = 0; k < V; ++k) slope.v[k] = dlogit[v];
         const auto dpsi =
-            chain_element<V>(chain, cursor.template read<V>(chain, corners),
+            chain_element<V>(chain, cursor.template read<V>(),
                              chain.dtheta ? at<T>(chain.dtheta, tile.sample, i, offset) : nullptr,
                              chain.dphi ? at<T>(chain.dphi, tile.sample, i, offset) : nullptr, weight, slope);
 #pragma unroll
@@ -382,33 +369,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) gate_backward(const Ba
   }
   if (p.sums && inter < kCachedPsi)
     for (int i = int(threadIdx.x); i <= inter; i += kThreads) row[i] = sums[i];
-}
-
-// dphi = resize^T(dtheta), for contiguous dtheta a voxel of phi's grid a lane, for channels-last a channel a
-// lane.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) phi_backward(const PhiBackward p) {
-  using A = Acc<T>;
-  const int64_t voxels = p.gating.voxels(), tiles = (voxels + 31) / 32;
-  const int64_t n = int64_t(blockIdx.x) / tiles, first = (int64_t(blockIdx.x) - n * tiles) * 32;
-  const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) / 32, warps = kThreads / 32;
-  const int inter = int(p.dphi.channels);
-  auto gather = [&](int64_t v, int i) {
-    const int64_t row = v / p.gating.w, d = row / p.gating.h;
-    const A sum = adjoint<A>(p.phi_resize, p.gating, p.coarse, d, row - d * p.gating.h, v - row * p.gating.w,
-                             [&](int64_t od, int64_t oh, int64_t ow) {
-                               const int64_t from = (od * p.coarse.h + oh) * p.coarse.w + ow;
-                               return load<1>(at<const T>(p.dtheta, n, i, from)).v[0];
-                             });
-    *at<T>(p.dphi, n, i, v) = from_acc<T>(sum);
-  };
-  if (!p.dtheta.channels_last()) {
-    if (first + lane >= voxels) return;
-    for (int i = warp; i < inter; i += warps) gather(first + lane, i);
-  } else {
-    for (int v = warp; v < 32 && first + v < voxels; v += warps)
-      for (int i = lane; i < inter; i += 32) gather(first + v, i);
-  }
 }
 
 struct Reduce {

@@ -1,46 +1,29 @@
-// The pre-activation s = theta + resize(phi), as forward and backward read it.
+// The pre-activation s = theta + phi, as forward and backward read it, and what becomes of it.
 #pragma once
 #include "tile.cuh"
 
 namespace attn_gate::cuda {
 
-// Walks over the channels of coarse voxel `offset`: i, i + step, ...
+// Walks over the channels of coarse voxel `offset`: i, i + step, ... phi is that of theta's grid.
 template <class T>
 struct Cursor {
   const T *theta, *phi;
   int64_t theta_step, phi_step;
   __device__ __forceinline__ Cursor(const Chain& chain, int64_t n, int i, int64_t offset, int step)
       : theta(at<const T>(chain.theta, n, i, offset)),
-        phi(chain.phi ? at<const T>(chain.phi, n, i, chain.phi_resized() ? 0 : offset) : nullptr),
+        phi(chain.phi && !chain.phi_resized() ? at<const T>(chain.phi, n, i, offset) : nullptr),
         theta_step(step * chain.theta.channel), phi_step(step * chain.phi.channel) {}
   __device__ __forceinline__ void advance() {
     theta += theta_step;
     phi += phi ? phi_step : 0;
   }
-  // V elements of s: voxels of a channel in contiguous maps, channels of a voxel in channels-last ones. phi
-  // that is resized is read element by element; `corners` are the voxel's in it.
+  // V elements of s: voxels of a channel in contiguous maps, channels of a voxel in channels-last ones.
   template <int V>
-  __device__ __forceinline__ Values<Acc<T>, V> read(const Chain& chain,
-                                                    const Corners<Acc<T>>& corners) const {
+  __device__ __forceinline__ Values<Acc<T>, V> read() const {
     Values<Acc<T>, V> s = load<V>(theta);
-    if (!phi) return s;
-    Values<Acc<T>, V> more;
-    if (V == 1 && chain.phi_resized()) {
-      more.v[0] = corners.mix([&](int64_t voxel) { return load<1>(phi + voxel * chain.phi.voxel); }).v[0];
-    } else {
-      more = load<V>(phi);
-    }
-#pragma unroll
-    for (int k = 0; k < V; ++k) s.v[k] += more.v[k];
-    return s;
+    return phi ? add(s, load<V>(phi)) : s;
   }
 };
-
-template <int V, class A>
-__device__ __forceinline__ Corners<A> phi_corners(const Chain& chain, int64_t offset) {
-  if (V > 1 || !chain.phi_resized()) return {};
-  return corners_of<A>(chain.phi_resize, chain.gating, chain.coarse, offset);
-}
 
 // Called, not inlined: erf and log1p would multiply the kernels' size for what few gates use.
 template <class A>
@@ -75,6 +58,16 @@ __device__ __forceinline__ Values<A, V> activated_grad(Activation kind, Values<A
     for (int k = 0; k < V; ++k) s.v[k] = activate_smooth_grad(kind, s.v[k]);
   }
   return s;
+}
+
+// ds of V elements; a closed relu lets nothing through, not even NaN.
+template <class A, int V>
+__device__ __forceinline__ Values<A, V> slope_of(Activation kind, const Values<A, V>& s,
+                                                 const Values<A, V>& psi, const Values<A, V>& dlogit) {
+  auto ds = activated_grad(kind, s);
+#pragma unroll
+  for (int k = 0; k < V; ++k) ds.v[k] = ds.v[k] == A(0) ? A(0) : ds.v[k] * (dlogit.v[k] * psi.v[k]);
+  return ds;
 }
 
 // psi's weights: copied to shared memory, if they are few enough.

@@ -87,6 +87,13 @@ struct Values {
   A v[V];
 };
 
+template <class A, int V>
+__device__ __forceinline__ Values<A, V> add(Values<A, V> a, const Values<A, V>& b) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) a.v[k] += b.v[k];
+  return a;
+}
+
 template <class T>
 constexpr int kWide = 16 / int(sizeof(T));  // elements of the widest access
 
@@ -94,6 +101,14 @@ template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T v[V];
 };
+
+template <int V, class T>
+__device__ __forceinline__ Values<Acc<T>, V> unpacked(const Pack<T, V>& pack) {
+  Values<Acc<T>, V> out;
+#pragma unroll
+  for (int k = 0; k < V; ++k) out.v[k] = to_acc(pack.v[k]);
+  return out;
+}
 
 // V elements in one access. What a kernel reads, nobody writes meanwhile: through the read-only cache.
 template <int V, class T>
@@ -110,10 +125,14 @@ __device__ __forceinline__ Values<Acc<T>, V> load(const T* from) {
 #else
   pack = *reinterpret_cast<const Pack<T, V>*>(from);
 #endif
-  Values<Acc<T>, V> out;
-#pragma unroll
-  for (int k = 0; k < V; ++k) out.v[k] = to_acc(pack.v[k]);
-  return out;
+  return unpacked(pack);
+}
+
+// The same from shared memory, which that cache doesn't reach.
+template <int V, class T>
+__device__ __forceinline__ Values<Acc<T>, V> load_shared(const T* from) {
+  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
+  return unpacked(pack);
 }
 
 template <int V, class T>
@@ -132,6 +151,51 @@ __device__ __forceinline__ void store(T* to, const Values<Acc<T>, V>& values) {
 #else
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 #endif
+}
+
+// A run of V numbers in shared memory, at most 16 bytes at a time. Eight lanes with two such parts each reach
+// over 256 bytes, whose halves lie in the same banks: the lanes of the second half begin with the other part.
+template <class A, int V>
+struct Run {
+  static constexpr int kPart = V * int(sizeof(A)) < 16 ? V : 16 / int(sizeof(A));
+  static_assert(V == kPart || V == 2 * kPart);
+  static __device__ __forceinline__ int first_part(const A* at) {
+    return V > kPart && (reinterpret_cast<uintptr_t>(at) & 128) ? kPart : 0;
+  }
+};
+
+template <int V, class A>
+__device__ __forceinline__ Values<A, V> load_run(const A* from) {
+  constexpr int kPart = Run<A, V>::kPart;
+  const int first = Run<A, V>::first_part(from);
+  const auto one = load_shared<kPart>(from + first);
+  Values<A, V> out;
+#pragma unroll
+  for (int j = 0; j < kPart; ++j) out.v[j] = one.v[j];
+  if constexpr (V > kPart) {
+    const auto other = load_shared<kPart>(from + kPart - first);
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) {
+      out.v[j] = first ? other.v[j] : one.v[j];
+      out.v[kPart + j] = first ? one.v[j] : other.v[j];
+    }
+  }
+  return out;
+}
+
+template <int V, class A>
+__device__ __forceinline__ void store_run(A* to, const Values<A, V>& values) {
+  constexpr int kPart = Run<A, V>::kPart;
+  const int first = Run<A, V>::first_part(to);
+  Pack<A, kPart> part;
+#pragma unroll
+  for (int j = 0; j < kPart; ++j) part.v[j] = V > kPart && first ? values.v[V - kPart + j] : values.v[j];
+  *reinterpret_cast<Pack<A, kPart>*>(to + first) = part;
+  if constexpr (V > kPart) {
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) part.v[j] = first ? values.v[j] : values.v[kPart + j];
+    *reinterpret_cast<Pack<A, kPart>*>(to + kPart - first) = part;
+  }
 }
 
 template <class A>

@@ -129,13 +129,17 @@ struct Given {
     chain.psi = call.hold(check_acc(psi_weight, "psi_weight", call.like, {chain.inter}));
     if (psi_bias) chain.psi_bias = call.hold(check_acc(*psi_bias, "psi_bias", call.like, {1}));
   }
-  // phi that is resized is read element by element.
+  // Maps on theta's grid.
   bool allows_wide(const Call& call, bool whole) const {
-    const bool last = chain.theta.channels_last();
-    if (chain.phi_resized()) return false;
-    for (const Map* m : {&chain.theta, &chain.phi, &chain.dtheta, &chain.dphi})
+    const bool last = chain.theta.channels_last(), resized = chain.phi_resized();
+    for (const Map* m : {&chain.theta, &chain.dtheta, resized ? &chain.theta : &chain.phi,
+                         resized ? &chain.theta : &chain.dphi})
       if (!call.allows_wide(*m, last, chain.coarse, whole)) return false;
     return true;
+  }
+  bool allows_wide_phi(const Call& call) const {
+    return chain.phi_resized() &&
+           call.allows_wide(chain.phi, chain.theta.channels_last(), chain.gating, false);
   }
 };
 
@@ -150,10 +154,9 @@ Ints channel_shape(const Tensor& t) {
 void run(Call& call, Forward& p, Resize mode, bool chain_wide) {
   p.batch = call.like.size(0);
   if (p.batch == 0 || p.coarse.voxels() == 0) return;
-  const bool same = p.coarse == p.fine;
-  const bool last = p.x.channels_last();
+  const bool whole = p.coarse == p.fine && !p.chain.phi_resized(), last = p.x.channels_last();
   const bool stream_wide =
-      call.allows_wide(p.x, last, p.fine, same) && call.allows_wide(p.y, last, p.fine, same);
+      call.allows_wide(p.x, last, p.fine, whole) && call.allows_wide(p.y, last, p.fine, whole);
   plan_forward(p, mode, call.element, call.wide, chain_wide, stream_wide, processors());
   STD_TORCH_CHECK(p.tiling.box > 0, "attn_gate: no tile of these grids fits into shared memory");
   launch_forward(p, call.dtype, call.stream);
@@ -176,7 +179,8 @@ std::tuple<Tensor, Tensor> gate_fwd(const Tensor& x, const Tensor& theta, const 
   p.x = call.input(x_);
   p.y = call.output(y);
   p.alpha = call.hold_out(alpha);
-  run(call, p, mode, given.allows_wide(call, p.coarse == p.fine));
+  p.chain.phi_wide = given.allows_wide_phi(call);
+  run(call, p, mode, given.allows_wide(call, p.coarse == p.fine && !p.chain.phi_resized()));
   return {y, alpha};
 }
 
@@ -189,7 +193,8 @@ Tensor gate_logits_fwd(const Tensor& theta, const MaybeTensor& phi, const Tensor
   p.coarse = p.fine = given.chain.coarse;
   Tensor logits = call.new_acc(channel_shape(given.theta));
   p.alpha = call.hold_out(logits);
-  run(call, p, Resize::identity, given.allows_wide(call, true));
+  p.chain.phi_wide = given.allows_wide_phi(call);
+  run(call, p, Resize::identity, given.allows_wide(call, !p.chain.phi_resized()));
   return logits;
 }
 
@@ -216,46 +221,54 @@ Tensor gate_apply_fwd(const Tensor& x, const Tensor& alpha, std::string alpha_re
 
 // ------------------------------------------------------------------------------------------------ backward
 
+bool streams_wide(const Call& call, const Backward& p) {
+  const bool last = p.x.channels_last();
+  for (const Map* m : {&p.x, &p.dy, &p.dx})
+    if (!call.allows_wide(*m, last, p.fine, p.coarse == p.fine)) return false;
+  return true;
+}
+
+// Blocks, or groups of them, that leave a row of sums each.
+int64_t groups_of(int64_t tiles) { return std::min<int64_t>(tiles, kMaxGroups); }
+
+// dx, and if another kernel comes behind, dfine for it.
+void run_stream(Call& call, Backward& p, bool behind) {
+  Backward stream = p;
+  stream.chain = Chain();
+  stream.dalpha_out = nullptr;
+  if (behind) {
+    Tensor dfine = call.new_acc({p.batch, p.fine.voxels()});
+    p.dfine = stream.dfine = call.hold_out(dfine);
+  }
+  STD_TORCH_CHECK(plan_backward(stream, p.coarse, p.fine, p.alpha_resize, false, call.element, call.wide,
+                                streams_wide(call, p), processors()),
+                  "attn_gate: no tile fits into shared memory");
+  launch_backward(stream, call.dtype, stream.batch * stream.tiling.tiles(), call.stream);
+}
+
 // Launches what has been asked for: one kernel if it can do all, else one for each grid. Returns how many
 // blocks left sums.
 int64_t run(Call& call, Backward& p, bool needs_sums, const Given* given, Tensor& sums) {
-  const bool same = p.coarse == p.fine, behind = needs_sums || p.dalpha_out, last = p.x.channels_last();
-  bool stream_wide = true;
-  for (const Map* m : {&p.x, &p.dy, &p.dx})
-    stream_wide = stream_wide && call.allows_wide(*m, last, p.fine, same);
-  const int64_t columns = p.chain.inter + 1;
+  const bool same = p.coarse == p.fine, behind = needs_sums || p.dalpha_out;
   const int sm = processors();
-  auto groups_of = [](const Backward& q) {
-    return std::min<int64_t>(q.batch * q.tiling.tiles(), kMaxGroups);
-  };
-  auto launch = [&](Backward& q, int64_t groups) { launch_backward(q, call.dtype, groups, call.stream); };
-  auto add_sums = [&](Backward& q) {
-    sums = call.new_acc({groups_of(q) * columns});
-    q.sums = call.hold_out(sums);
+  auto launch_chain = [&](Backward& q) {
+    const int64_t groups = groups_of(q.batch * q.tiling.tiles());
+    if (needs_sums) {
+      sums = call.new_acc({groups * (q.chain.inter + 1)});
+      q.sums = call.hold_out(sums);
+    }
+    launch_backward(q, call.dtype, groups, call.stream);
+    return groups;
   };
   if (p.dy && behind && (same || p.alpha_resize == Resize::nearest)) {
     Backward q = p;
     if (needs_sums) q.sums = &q;  // what it takes of shared memory depends on whether there are any
     q.chain.wide = given && given->allows_wide(call, same);
-    if (plan_backward(q, p.coarse, p.fine, p.alpha_resize, true, call.element, call.wide, stream_wide, sm)) {
-      if (needs_sums) add_sums(q);
-      launch(q, groups_of(q));
-      return groups_of(q);
-    }
+    if (plan_backward(q, p.coarse, p.fine, p.alpha_resize, true, call.element, call.wide,
+                      streams_wide(call, p), sm))
+      return launch_chain(q);
   }
-  if (p.dy) {
-    Backward stream = p;
-    stream.chain = Chain();
-    stream.dalpha_out = nullptr;
-    if (behind) {
-      Tensor dfine = call.new_acc({p.batch, p.fine.voxels()});
-      p.dfine = stream.dfine = call.hold_out(dfine);
-    }
-    STD_TORCH_CHECK(plan_backward(stream, p.coarse, p.fine, p.alpha_resize, false, call.element, call.wide,
-                                  stream_wide, sm),
-                    "attn_gate: no tile fits into shared memory");
-    launch(stream, stream.batch * stream.tiling.tiles());
-  }
+  if (p.dy) run_stream(call, p, behind);
   if (!behind) return 0;
   Backward chain = p;
   chain.dy = chain.x = chain.dx = Map();
@@ -265,9 +278,37 @@ int64_t run(Call& call, Backward& p, bool needs_sums, const Given* given, Tensor
     return plan_backward(chain, p.coarse, fine, p.alpha_resize, true, call.element, call.wide, false, sm);
   };
   STD_TORCH_CHECK((p.dfine && plan(p.fine)) || plan(p.coarse), "attn_gate: no tile fits into shared memory");
-  if (needs_sums) add_sums(chain);
-  launch(chain, groups_of(chain));
-  return groups_of(chain);
+  return launch_chain(chain);
+}
+
+// The same where phi has a grid of its own: at most two kernels.
+int64_t run_resized(Call& call, Backward& p, const Given& given, bool needs_chain, Tensor& sums) {
+  if (p.dy) run_stream(call, p, needs_chain);
+  if (!needs_chain) return 0;
+  PhiBackward q;
+  q.chain = given.chain;
+  q.chain.wide = given.allows_wide(call, false);
+  q.chain.phi_wide = given.allows_wide_phi(call);
+  q.fine = p.fine;
+  if (q.fine.d * q.chain.coarse.d * q.chain.gating.d == 1)  // swept along H
+    for (Grid* grid : {&q.fine, &q.chain.coarse, &q.chain.gating}) std::swap(grid->d, grid->h);
+  const Grid &S = q.fine, &R = q.chain.coarse, &Q = q.chain.gating;
+  q.d = {S.d, R.d, Q.d};
+  q.h = {S.h, R.h, Q.h};
+  q.w = {S.w, R.w, Q.w};
+  q.alpha_resize = p.alpha_resize;
+  q.alpha = p.alpha;
+  q.dalpha = p.dalpha;
+  q.dfine = p.dfine;
+  q.batch = p.batch;
+  STD_TORCH_CHECK(plan_phi_backward(q, call.element, call.wide, processors()),
+                  "attn_gate: no tile of these grids fits into shared memory");
+  STD_TORCH_CHECK(q.batch * q.tiles() <= 0x7fffffff, "attn_gate: phi has too many voxels");
+  const int64_t groups = groups_of(q.batch * q.tiles());
+  sums = call.new_acc({groups * (q.chain.inter + 1)});
+  q.sums = call.hold_out(sums);
+  launch_phi_backward(q, call.dtype, groups, call.stream);
+  return groups;
 }
 
 // theta's, phi's and psi's gradients of gate and gate_logits; p holds the rest of the problem.
@@ -278,7 +319,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> given_bwd(Call& call, Given& given, B
   const bool needs_chain = need_theta || need_phi || need_psi || need_bias;
   p.batch = call.like.size(0);
   // On theta's grid phi's gradient is theta's.
-  Tensor dtheta = call.like_if(need_theta || (need_phi && resized), given.theta),
+  Tensor dtheta = call.like_if(need_theta, given.theta),
          dphi = call.like_if(need_phi, resized ? *given.phi_as_given : given.theta);
   Tensor dpsi = need_psi ? call.new_acc({chain.inter}) : call.no_acc(),
          dpsi_bias = need_bias ? call.new_acc({1}) : call.no_acc();
@@ -288,21 +329,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> given_bwd(Call& call, Given& given, B
     if (empty && need_bias) torch::stable::zero_(dpsi_bias);
   }
   if (!empty && (needs_chain || p.dy)) {
-    if (need_theta || (need_phi && resized)) chain.dtheta = call.output(dtheta);
-    if (need_phi && !resized) (need_theta ? chain.dphi : chain.dtheta) = call.output(dphi);
+    if (need_theta) chain.dtheta = call.output(dtheta);
+    if (need_phi) (need_theta || resized ? chain.dphi : chain.dtheta) = call.output(dphi);
     p.chain = chain;
     Tensor sums;
-    const int64_t groups = run(call, p, needs_chain, &given, sums);
+    const int64_t groups =
+        resized ? run_resized(call, p, given, needs_chain, sums) : run(call, p, needs_chain, &given, sums);
     if (need_psi || need_bias)
       launch_reduce(sums.const_data_ptr(), groups, chain.inter, need_psi ? dpsi.mutable_data_ptr() : nullptr,
                     need_bias ? dpsi_bias.mutable_data_ptr() : nullptr, call.dtype, call.stream);
-    if (need_phi && resized && chain.inter > 0) {
-      const PhiBackward q{chain.dtheta, call.output(dphi), chain.coarse,
-                          chain.gating, chain.phi_resize,  p.batch};
-      launch_phi_backward(q, call.dtype, call.stream);
-    }
   }
-  return {need_theta ? dtheta : call.no_map(), dphi, dpsi, dpsi_bias};
+  return {dtheta, dphi, dpsi, dpsi_bias};
 }
 
 void take_gradients(Call& call, Backward& p, const MaybeTensor& dy, const Tensor& x, bool need_x,

@@ -50,13 +50,14 @@ struct Tiling {
 // The way from theta and phi to a logit. Parameters, alpha and sums are in the accumulation type: float, or
 // double for float64 maps.
 struct Chain {
-  Map theta, phi, dtheta, dphi;  // dphi only on theta's grid
-  Grid coarse, gating;           // R of theta, Q of phi
+  Map theta, phi, dtheta, dphi;
+  Grid coarse, gating;  // R of theta, Q of phi
   Resize phi_resize = Resize::identity;
   const void *psi = nullptr, *psi_bias = nullptr;
   int inter = 0;  // I
   Activation activation = Activation::relu;
-  bool wide = false;  // 16 bytes at a time
+  bool wide = false;      // theta and what lies on its grid 16 bytes at a time
+  bool phi_wide = false;  // phi, where it has a grid of its own
   ATTN_GATE_MEMBER bool phi_resized() const { return phi && phi_resize != Resize::identity; }
 };
 
@@ -71,6 +72,8 @@ struct Forward {
   bool wide = false;      // x and y 16 bytes at a time
   int64_t batch = 0;
   int slices = 1, slice = 0;  // of x's channels, and channels in each
+  // Where phi is resized: channels whose part of it lies in shared memory at a time, and its most voxels.
+  int chunk = 0, phi_box = 0;
 };
 
 // Backward, in tiles of which each block takes every gridDim-th:
@@ -96,18 +99,36 @@ struct Backward {
   }
 };
 
-// dphi = resize^T(dtheta), where phi has a grid of its own.
+// One axis of phi's grid cut into tiles, and the most voxels that a tile needs of each grid.
+struct PhiAxis {
+  int64_t fine = 1, coarse = 1, gating = 1;  // S, R, Q
+  int tile = 1, tiles = 1;
+  int need = 1, phi = 1, fine_need = 1;
+};
+
+// The chain backward where phi has a grid of its own: dlogit from dfine and dalpha, dtheta, dphi, and sums.
+// Blocks take slices of channels, in each every so-manieth tile, and sweep it along d.
 struct PhiBackward {
-  Map dtheta, dphi;
-  Grid coarse, gating;
-  Resize phi_resize = Resize::identity;
+  Chain chain;  // dphi on phi's grid
+  Grid fine;    // of 2D maps all grids are [H, 1, W] here: they are swept along H
+  PhiAxis d, h, w;
+  Resize alpha_resize = Resize::identity;
+  const void *alpha = nullptr, *dalpha = nullptr, *dfine = nullptr;  // as in Backward
+  void* sums = nullptr;
   int64_t batch = 0;
+  int slices = 1, slice = 0;  // of theta's channels, and channels in each
+  int rows = 1, scratch = 0;  // of a plane at a time, and the bytes that they need
+  bool keeps_planes = false;  // of resize^T(dfine), so that each plane of dfine is read once
+  ATTN_GATE_MEMBER int64_t tiles() const { return int64_t(d.tiles) * h.tiles * w.tiles; }
+  // The most voxels that a plane of a tile has of phi, and owns.
+  ATTN_GATE_MEMBER int phi_plane() const { return h.phi * w.phi; }
+  ATTN_GATE_MEMBER int own_plane() const { return h.tile * w.tile; }
 };
 
 // Launched on `stream` (a cudaStream_t) of the current device; errors are thrown.
 void launch_forward(const Forward&, DType, void* stream);
 void launch_backward(const Backward&, DType, int64_t groups, void* stream);
-void launch_phi_backward(const PhiBackward&, DType, void* stream);
+void launch_phi_backward(const PhiBackward&, DType, int64_t groups, void* stream);
 // dpsi [I] and dpsi_bias [1] (either may be null): columns of sums [groups, I + 1], added in order.
 void launch_reduce(const void* sums, int64_t groups, int inter, void* dpsi, void* dpsi_bias, DType,
                    void* stream);

@@ -158,11 +158,4 @@ __device__ Corners<A> corners_at(Resize mode, const Grid& in, const Grid& out, i
           tw.t};
 }
 
-// In the whole input grid, of the output grid's voxel `v`.
-template <class A>
-__device__ Corners<A> corners_of(Resize mode, const Grid& in, const Grid& out, int64_t v) {
-  const int64_t row = v / out.w, d = row / out.h;
-  return corners_at<A>(mode, in, out, d, row - d * out.h, v - row * out.w, Box{0, 0, 0, 0, 0, 0}, in.h, in.w);
-}
-
 }  // namespace attn_gate::cuda

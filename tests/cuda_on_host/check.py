@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("kind")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--order", type=int)
+    parser.add_argument("--far", action="store_true", help="maps with strides beyond 32 bits")
     parser.add_argument("--csrc", type=Path, required=True)
     arguments = parser.parse_args()
 
@@ -75,6 +76,7 @@ def main() -> None:
                 module.set_processors((1, 2, 16)[count // 3 % 3])
                 for layout in ("contiguous", "channels last") if arguments.tiny else layouts[count % 7 :][:1]:
                     dtype = torch.float32 if arguments.tiny else DTYPES[count % 4]
+                    module.set_far(dtype.itemsize if arguments.far else 0)
                     compare(case, operator, dtype, layout, backend=backend.NAME, **options)
                     count += 1
     print(count)

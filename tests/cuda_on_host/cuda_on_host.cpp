@@ -50,6 +50,8 @@ namespace on_host {
 
 int processors = 2;
 uint64_t order = 0;
+int far = 0;
+int64_t last_blocks = INT64_MAX;
 std::vector<Launch> launches;
 uint3 thread_index{}, block_index{};
 dim3 grid_size{};
@@ -246,7 +248,7 @@ void launch(const char* params, int64_t blocks, int threads, size_t shared,
             const std::function<void()>& kernel) {
   if (blocks < 1 || blocks > 0x7fffffff || threads % kWarp != 0 || threads > 1024) fail("bad launch");
   if (shared > (48 << 10)) fail("more shared memory than a block has without asking");
-  launches.push_back({params, blocks, shared});
+  launches.push_back({params, blocks, shared, -traced_sectors, -traced_waves, -traced_least});
   block.kernel = &kernel;
   block.threads = threads;
   block.shared_asked = shared;
@@ -256,7 +258,10 @@ void launch(const char* params, int64_t blocks, int threads, size_t shared,
   block.race_fiber = __tsan_get_current_fiber();
 #endif
   const auto sequence = sequence_of(threads);
-  for (int64_t i = 0; i < blocks; ++i) run_block(int(i), sequence);
+  for (int64_t i = std::max<int64_t>(blocks - last_blocks, 0); i < blocks; ++i) run_block(int(i), sequence);
+  launches.back().sectors += traced_sectors;
+  launches.back().waves += traced_waves;
+  launches.back().least += traced_least;
   edge_from(&block.end_edge);
   for (void* memory : garbage) std::free(memory);
   garbage.clear();
@@ -316,6 +321,39 @@ ON_HOST_UNCHECKED void* shared_piece(int index, size_t bytes) {
   const Piece& piece = block.pieces[size_t(index)];
   if (piece.bytes != bytes) fail("threads take different pieces of shared memory");
   return piece.data;
+}
+
+FarMap::FarMap(attn_gate::cuda::Map& map, int64_t batch, int64_t voxels)
+    : near_(map), far_(map), batch_(batch), voxels_(voxels) {
+  constexpr int64_t stride = (int64_t(1) << 31) + 4096;
+  (map.channels_last() ? far_.voxel : far_.channel) = stride;
+  far_.sample = stride * (map.channels_last() ? voxels : map.channels);
+  bytes_ = size_t(far_.sample) * size_t(batch) * size_t(far);
+  far_.data =
+      mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (far_.data == MAP_FAILED) fail("no address space for far maps");
+  copy(false);
+  map = far_;
+}
+FarMap::FarMap(FarMap&& other) noexcept
+    : near_(other.near_), far_(other.far_), batch_(other.batch_), voxels_(other.voxels_),
+      bytes_(other.bytes_) {
+  other.far_.data = nullptr;
+}
+FarMap::~FarMap() {
+  if (!far_.data) return;
+  copy(true);
+  munmap(far_.data, bytes_);
+}
+void FarMap::copy(bool back) const {
+  const attn_gate::cuda::Map &from = back ? far_ : near_, &to = back ? near_ : far_;
+  auto offset = [](const attn_gate::cuda::Map& m, int64_t n, int64_t c, int64_t v) {
+    return static_cast<char*>(m.data) + far * (n * m.sample + c * m.channel + v * m.voxel);
+  };
+  for (int64_t n = 0; n < batch_; ++n)
+    for (int64_t c = 0; c < near_.channels; ++c)
+      for (int64_t v = 0; v < voxels_; ++v)
+        std::memcpy(offset(to, n, c, v), offset(from, n, c, v), size_t(far));
 }
 
 }  // namespace on_host

@@ -49,8 +49,12 @@ struct Launch {
   const char* params;  // the type of the kernel's parameters, as the compiler names it
   int64_t blocks;
   size_t shared;
+  int64_t sectors = 0;           // of global memory, where trace.cpp counts them
+  int64_t waves = 0, least = 0;  // of shared memory: passes that its banks took, and would without conflicts
 };
 extern std::vector<Launch> launches;  // since a test last took them
+extern int far;                       // bytes of an element: kernels get maps with strides beyond 32 bits
+extern int64_t last_blocks;           // of a launch are all that run
 extern uint3 thread_index, block_index;
 extern dim3 grid_size;
 
@@ -61,6 +65,21 @@ void launch(const char* params, int64_t blocks, int threads, size_t shared,
 void barrier(int line);
 void* shared_piece(int index, size_t bytes);  // the block's index-th piece, the same for all threads
 void exchange(const void* mine, void* theirs, size_t bytes, int lane_mask, int line);
+
+// A map's elements moved to where each channel (of channels-last maps: each voxel) begins 2^31 elements
+// behind the one before, in memory of which only what is written exists; and back, as this ends.
+class FarMap {
+ public:
+  FarMap(attn_gate::cuda::Map& map, int64_t batch, int64_t voxels);
+  FarMap(FarMap&& other) noexcept;
+  ~FarMap();
+
+ private:
+  void copy(bool back) const;
+  attn_gate::cuda::Map near_, far_;
+  int64_t batch_, voxels_;
+  size_t bytes_;
+};
 
 }  // namespace on_host
 
@@ -84,6 +103,8 @@ T __ldg(const T* from) {
 
 namespace attn_gate::cuda {
 
+struct Reduce;
+
 struct Shared {
   int taken = 0;
   template <class A>
@@ -92,9 +113,41 @@ struct Shared {
   }
 };
 
+// The kernel's maps, with the grid of each.
+struct MapOn {
+  Map* map;
+  Grid grid;
+};
+inline std::vector<MapOn> maps_of(Chain& c) {
+  const Grid phi = c.phi_resized() ? c.gating : c.coarse;
+  return {{&c.theta, c.coarse}, {&c.phi, phi}, {&c.dtheta, c.coarse}, {&c.dphi, phi}};
+}
+inline std::vector<MapOn> maps_of(PhiBackward& p) { return maps_of(p.chain); }
+inline std::vector<MapOn> maps_of(Forward& p) {
+  auto maps = maps_of(p.chain);
+  maps.insert(maps.end(), {{&p.x, p.fine}, {&p.y, p.fine}});
+  return maps;
+}
+inline std::vector<MapOn> maps_of(Backward& p) {
+  auto maps = maps_of(p.chain);
+  maps.insert(maps.end(), {{&p.x, p.fine}, {&p.dy, p.fine}, {&p.dx, p.fine}});
+  return maps;
+}
+
+template <class P>
+void move_far(P& p, std::vector<on_host::FarMap>& moved) {
+  for (const MapOn& on : maps_of(p))
+    if (*on.map && p.batch * on.map->channels * on.grid.voxels() > 0)
+      moved.emplace_back(*on.map, p.batch, on.grid.voxels());
+}
+inline void move_far(Reduce&, std::vector<on_host::FarMap>&) {}  // has no maps
+
 template <class P>
 void launch(void (*kernel)(P), int64_t blocks, size_t shared, void*, const P& params) {
-  on_host::launch(typeid(P).name(), blocks, kThreads, shared, [&] { kernel(params); });
+  P p = params;
+  std::vector<on_host::FarMap> moved;
+  if (on_host::far) move_far(p, moved);
+  on_host::launch(typeid(P).name(), blocks, kThreads, shared, [&] { kernel(p); });
 }
 
 }  // namespace attn_gate::cuda

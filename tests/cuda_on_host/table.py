@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -55,8 +56,8 @@ def resources(architectures: tuple[str, ...] = ARCHITECTURES) -> dict[tuple[str,
     return table
 
 
-def traffic() -> dict[tuple[str, str, str, str], tuple[float, int]]:
-    """(pass, gate, dtype, layout) -> (requested bytes over those that must move, bytes of shared memory).
+def traffic() -> dict[tuple[str, str, str, str], Traffic]:
+    """(kernel, gate, dtype, layout) -> what it moves; WHOLE is all kernels of that pass together.
 
     At sizes that fill the chip; for the host to get through, that has one multiprocessor.
     """
@@ -64,30 +65,64 @@ def traffic() -> dict[tuple[str, str, str, str], tuple[float, int]]:
     module.set_processors(1)
     kernels = torch.ops.attn_gate_cuda_host_kernels
     table = {}
-    for gate, (fine, coarse, channels, mode) in GATES.items():
+    for gate, (fine, coarse, gating, channels, mode) in GATES.items():
         for dtype in (torch.float32, torch.bfloat16):
             for layout in ("contiguous", "channels_last"):
                 torch.manual_seed(0)
                 inter = channels // 2
-                shapes = (1, channels, *fine), (1, inter, *coarse), (1, inter, *coarse), (1, channels, *fine)
+                shapes = (1, channels, *fine), (1, inter, *coarse), (1, inter, *gating), (1, channels, *fine)
                 x, theta, phi, dy = (_map(shape, dtype, layout) for shape in shapes)
                 psi, modes = torch.randn(inter), (mode, mode, "relu")
-                _take(module)
+                module.take_launches()
                 y, alpha = kernels.gate_fwd(x, theta, phi, psi, None, *modes)
                 key = (gate, str(dtype).removeprefix("torch."), layout)
-                table[("forward", *key)] = _ratio(module, (x, theta, phi, psi), (y, alpha))
-                gradients = kernels.gate_bwd(dy, None, x, theta, phi, psi, alpha, *modes, 0b11111)
-                table[("backward", *key)] = _ratio(module, (dy, x, theta, phi, psi, alpha), gradients)
+                forward = module.take_launches()
+                table[("gate_forward", *key)] = _counted(forward, (x, theta, phi, psi), (y, alpha))
+                dx, dtheta, dphi, *dpsi = kernels.gate_bwd(
+                    dy, None, x, theta, phi, psi, alpha, *modes, 0b11111
+                )
+                launches = module.take_launches()
+                behind = (theta, phi, psi, alpha), (dtheta, dphi)
+                if len(launches) == 3:
+                    dfine = torch.empty(1, *fine)
+                    name = "phi_backward" if coarse != gating else "gate_backward, chain"
+                    stream = _counted(launches[:1], (dy, x, alpha), (dx, dfine))
+                    table[("gate_backward, stream", *key)] = stream
+                    table[(name, *key)] = _counted(launches[1:2], (*behind[0], dfine), behind[1])
+                else:
+                    read = dy, x, *behind[0]
+                    table[("gate_backward", *key)] = _counted(launches[:1], read, (dx, *behind[1]))
+                whole = (dy, x, *behind[0]), (dx, *behind[1], *dpsi)
+                table[(WHOLE, *key)] = _counted(launches, *whole)
     return table
 
 
-# x's grid, theta's and phi's, channels of x, resize
+WHOLE = "backward, all kernels"
+# x's grid, theta's, phi's, channels of x, resize
 GATES = {
-    "one grid": ((64, 64), (64, 64), 64, "linear"),
-    "linear 2D": ((128, 128), (64, 64), 64, "linear"),
-    "linear 3D": ((32, 32, 64), (16, 16, 32), 32, "linear"),
-    "nearest 2D": ((128, 128), (64, 64), 64, "nearest"),
+    "one grid": ((64, 64), (64, 64), (64, 64), 64, "linear"),
+    "linear 2D": ((128, 128), (64, 64), (64, 64), 64, "linear"),
+    "linear 3D": ((32, 32, 64), (16, 16, 32), (16, 16, 32), 32, "linear"),
+    "nearest 2D": ((128, 128), (64, 64), (64, 64), 64, "nearest"),
+    "coarser phi 2D": ((64, 64), (64, 64), (32, 32), 64, "linear"),
+    "coarser phi 3D": ((16, 16, 32), (16, 16, 32), (8, 8, 16), 32, "linear"),
+    "nearest phi 2D": ((64, 64), (64, 64), (32, 32), 64, "nearest"),
+    "three grids 2D": ((128, 128), (64, 64), (32, 32), 64, "linear"),
+    "three grids 3D": ((32, 32, 64), (16, 16, 32), (8, 8, 16), 32, "linear"),
 }
+
+
+class Traffic(NamedTuple):
+    """Bytes of requested sectors over those that must move; bytes of shared memory; passes over it, over the
+    least that they could be."""
+
+    ratio: float
+    shared: int
+    passes: float
+
+    def written(self) -> tuple[str, str, str]:
+        """As in the file."""
+        return f"{self.ratio:.3f}", str(self.shared), f"{self.passes:.2f}"
 
 
 def _map(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tensor:
@@ -96,15 +131,10 @@ def _map(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tenso
     return torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
 
 
-def _take(module) -> tuple[int, int]:
-    """Bytes of requested sectors, and the most shared memory of a kernel, since the last call."""
-    shared = max([bytes_ for _, _, bytes_ in module.take_launches()], default=0)
-    return 32 * sum(module.take_sectors()), shared
-
-
-def _ratio(module, read: tuple, written: tuple) -> tuple[float, int]:
-    moved, shared = _take(module)
-    return moved / sum(t.numel() * t.element_size() for t in (*read, *written)), shared
+def _counted(launches: list, read: tuple, written: tuple) -> Traffic:
+    *_, shared, sectors, waves, least = zip(*launches, strict=True)
+    must = sum(t.numel() * t.element_size() for t in (*read, *written))
+    return Traffic(32 * sum(sectors) / must, max(shared), sum(waves) / sum(least))
 
 
 def occupancy(architecture: str, registers: int, shared: int) -> float:
@@ -135,25 +165,27 @@ def text() -> str:
     lines += [
         "",
         "Traffic: 32 bytes for each sector of global memory that a warp requests, over the bytes that must",
-        "move (each input read once, each output written once), counted on the host at aligned sizes, all",
-        "kernels of a pass together. Shared memory is that of the pass's largest block; occupancy is what",
-        "registers and shared memory allow, of a multiprocessor's threads.",
+        "move (each input read once, each output written once), counted on the host at aligned sizes. Where",
+        "backward is two kernels, what lies between them (one channel) counts as output and input of theirs,",
+        "but for nothing in the row of the whole pass, which has the sum of the partial sums too. Passes are",
+        "those that the banks of shared memory take, over the least that they could be. Shared memory is a",
+        "block's; occupancy is what registers and shared memory allow, of a multiprocessor's threads.",
         "",
-        "| pass | gate | dtype | layout | traffic | shared memory, bytes | "
+        "| kernel | gate | dtype | layout | traffic | shared memory, bytes | passes | "
         + " | ".join(f"occupancy {a}" for a in ARCHITECTURES)
         + " |",
-        "|---|---|---|---|---|---|" + "---|" * len(ARCHITECTURES),
+        "|---|---|---|---|---|---|---|" + "---|" * len(ARCHITECTURES),
     ]
-    for (direction, gate, dtype, layout), (ratio, shared) in moved.items():
-        filled = [
-            occupancy(architecture, found[f"gate_{direction}", dtype, architecture][0], shared)
-            for architecture in ARCHITECTURES
-        ]
-        lines.append(
-            f"| {direction} | {gate} | {dtype} | {layout} | {ratio:.3f} | {shared} | "
-            + " | ".join(f"{part:.0%}" for part in filled)
-            + " |"
-        )
+    for (kernel, gate, dtype, layout), counted in moved.items():
+        filled = ["-"] * len(ARCHITECTURES)
+        if kernel != WHOLE:
+            registers = [found[kernel.partition(",")[0], dtype, a][0] for a in ARCHITECTURES]
+            filled = [
+                f"{occupancy(architecture, of_one, counted.shared):.0%}"
+                for architecture, of_one in zip(ARCHITECTURES, registers, strict=True)
+            ]
+        said = " | ".join((kernel, gate, dtype, layout, *counted.written(), *filled))
+        lines.append(f"| {said} |")
     return "\n".join(lines) + "\n"
 
 
