@@ -12,7 +12,8 @@
 #define ATTN_GATE_MEMBER __host__ __device__ __forceinline__
 #else
 #define ATTN_GATE_HD static inline  // internal: each instruction set keeps its own copy
-#define ATTN_GATE_MEMBER inline
+// Objects of several instruction sets use them: no copy of their own for the linker to choose among.
+#define ATTN_GATE_MEMBER __attribute__((always_inline)) inline
 #endif
 
 namespace attn_gate {

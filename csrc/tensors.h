@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "gate_math.h"
+#include "grid.h"
 
 namespace attn_gate {
 
@@ -30,6 +30,21 @@ inline void check_map_dtype(const Tensor& x) {
                       dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                   "attn_gate: maps are float32, float64, bfloat16 or float16, got ",
                   torch::headeronly::toString(dtype));
+}
+
+inline DType dtype_of(const Tensor& x) {
+  check_map_dtype(x);
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: return DType::f16;
+  }
+}
+
+inline Grid grid_of(const Tensor& t) {
+  const int64_t n = t.dim();
+  return {n == 5 ? t.size(2) : 1, t.size(n - 2), t.size(n - 1)};
 }
 
 inline ScalarType acc_dtype(const Tensor& x) {
@@ -56,7 +71,6 @@ inline Activation activation_of(const std::string& name) {
 }
 
 // Grids of no voxels can't be resized to others, nor others to them.
-template <class Grid>
 inline void check_resizable(const Grid& from, const Grid& to, const char* name) {
   STD_TORCH_CHECK((from.voxels() == 0) == (to.voxels() == 0), "attn_gate: ", name, " has a grid of ",
                   from.voxels(), " voxels, which can't be resized to ", to.voxels());

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 
 import pytest
 import torch
@@ -94,6 +95,22 @@ def test_same_bits_in_every_order_of_threads(case, order, host):
         host.set_order(ORDERS[order])
         found = run("gate", tensors, **case.options("gate"))
         assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3], ids=["nearest", "linear", "align_corners"])
+def test_room_for_what_a_tile_receives_from(mode, host):
+    """Shared memory is laid out by a bound on it: neither rounding nor the borders of a grid exceed it."""
+    draw = random.Random(mode)
+    for _ in range(3000):
+        coarse = draw.randint(1, 300)
+        fine = draw.choice([draw.randint(1, 900), coarse * draw.randint(1, 9)])
+        count = draw.randint(1, coarse)
+        most = host.most_receivers(mode, count, count, coarse, fine)
+        for first in range(0, coarse, count):  # tiles
+            assert host.receivers(mode, first, min(first + count, coarse), coarse, fine) <= most
+        most = host.most_receivers(mode, count, 1, coarse, fine)
+        first = draw.randint(0, coarse - count)
+        assert host.receivers(mode, first, first + count, coarse, fine) <= most
 
 
 # --------------------------------------------------------------------------------------- kernels and memory

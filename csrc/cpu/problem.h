@@ -3,20 +3,12 @@
 #pragma once
 #include <cstdint>
 
-#include "../gate_math.h"
+#include "../grid.h"
 
 // Members that every instruction set's objects use leave no copy of their own for the linker to choose among.
 #define ATTN_GATE_INLINE __attribute__((always_inline)) inline
 
 namespace attn_gate::cpu {
-
-enum class DType : int { f32, f64, bf16, f16 };
-
-struct Grid {
-  int64_t d = 1, h = 1, w = 1;  // 2D maps have d = 1
-  ATTN_GATE_INLINE int64_t voxels() const { return d * h * w; }
-  ATTN_GATE_INLINE bool operator==(const Grid& o) const { return d == o.d && h == o.h && w == o.w; }
-};
 
 // A feature map [N, channels, grid] in memory: contiguous, or channels last. Null data: absent.
 struct Map {

@@ -9,25 +9,6 @@
 
 namespace attn_gate::cpu {
 
-inline DType dtype_of(const Tensor& x) {
-  check_map_dtype(x);
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: return DType::f16;
-  }
-}
-
-inline Grid grid_of(const Tensor& t) {
-  Grid g;
-  const int64_t n = t.dim();
-  g.w = t.size(n - 1);
-  g.h = t.size(n - 2);
-  g.d = n == 5 ? t.size(2) : 1;
-  return g;
-}
-
 // Large outputs are fresh pages: 2 MiB pages spare most of the faults, which cost as much as the writing.
 inline void advise_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

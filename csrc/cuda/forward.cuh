@@ -98,25 +98,29 @@ __device__ void make_alpha_rows(const Forward& p, const Tile& tile, const Chunk&
     Values<A, V> sum = {};
     if (u < count) {
       const int begin = chunk.first + split.row;
-      Cursor<T> cursor(chain, tile.sample, begin, tile.need.offset(chain.coarse, u * V), split.rows);
+      const int64_t offset = tile.need.offset(chain.coarse, u * V);
       auto add_channel = [&](int i, const Values<A, V>& s) {
         const auto q = activated(chain.activation, s);
         const A weight = psi[i];
 #pragma unroll
         for (int k = 0; k < V; ++k) sum.v[k] += weight * q.v[k];
-        cursor.advance();
       };
       if (phi) {
         const int row = u * V / tile.need.w, x = u * V - row * tile.need.w;
         const auto around = phi->row_of(tile.need, row);
+        const T* theta = at<const T>(chain.theta, tile.sample, begin, offset);
 #pragma unroll 1
         for (int i = begin; i < chunk.end; i += split.rows) {
-          const auto more = phi->staged.template along_row<V>(around, x, i - chunk.first);
-          add_channel(i, add(cursor.template read<V>(), more));
+          add_channel(i, add(load<V>(theta), phi->staged.template along_row<V>(around, x, i - chunk.first)));
+          theta += split.rows * chain.theta.channel;
         }
       } else {
+        Cursor<T> cursor(chain, tile.sample, begin, offset, split.rows);
 #pragma unroll 2
-        for (int i = begin; i < chunk.end; i += split.rows) add_channel(i, cursor.template read<V>());
+        for (int i = begin; i < chunk.end; i += split.rows) {
+          add_channel(i, cursor.template read<V>());
+          cursor.advance();
+        }
       }
     }
     store_run(part + int(threadIdx.x) * V, sum);

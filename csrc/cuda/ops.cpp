@@ -14,21 +14,6 @@
 namespace attn_gate::cuda {
 namespace {
 
-Grid grid_of(const Tensor& t) {
-  const int64_t n = t.dim();
-  return {n == 5 ? t.size(2) : 1, t.size(n - 2), t.size(n - 1)};
-}
-
-DType dtype_of(const Tensor& x) {
-  check_map_dtype(x);
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    default: return DType::f16;
-  }
-}
-
 Map map_over(const Tensor& t, void* data) {
   // Tensors without elements have no memory; a map that is there is not null all the same.
   alignas(16) static char nothing[16];
@@ -158,7 +143,8 @@ void run(Call& call, Forward& p, Resize mode, bool chain_wide) {
   const bool stream_wide =
       call.allows_wide(p.x, last, p.fine, whole) && call.allows_wide(p.y, last, p.fine, whole);
   plan_forward(p, mode, call.element, call.wide, chain_wide, stream_wide, processors());
-  STD_TORCH_CHECK(p.tiling.box > 0, "attn_gate: no tile of these grids fits into shared memory");
+  STD_TORCH_CHECK(p.tiling.box > 0, "attn_gate: no tile of these grids fits into shared memory",
+                  p.chain.phi_resized() ? ": phi is much finer than theta; resize it first" : "");
   launch_forward(p, call.dtype, call.stream);
 }
 

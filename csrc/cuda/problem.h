@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../gate_math.h"
+#include "../grid.h"
 
 namespace attn_gate::cuda {
 
@@ -11,14 +11,6 @@ constexpr int kThreads = 256;     // of every block
 constexpr int kCachedPsi = 1024;  // weights of psi in shared memory; more of them are read where they lie
 constexpr int kMaxGroups = 1024;  // blocks that sum parameter gradients: fixed, so that sums have fixed bits
 constexpr int kMaxShared = 48 << 10;  // bytes of shared memory that a block has without asking
-
-enum class DType : int { f32, f64, bf16, f16 };
-
-struct Grid {
-  int64_t d = 1, h = 1, w = 1;  // 2D maps have d = 1
-  ATTN_GATE_MEMBER int64_t voxels() const { return d * h * w; }
-  ATTN_GATE_MEMBER bool operator==(const Grid& o) const { return d == o.d && h == o.h && w == o.w; }
-};
 
 // A feature map in memory: element (n, c, v) lies at data[n * sample + c * channel + v * voxel].
 // Contiguous maps have voxel = 1, channels-last ones channel = 1. Null data: absent.

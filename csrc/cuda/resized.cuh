@@ -100,10 +100,10 @@ struct PhiBox {
     return phi;
   }
 
-  // V channels from c on of column x, channels-last maps; four at a time, for the sake of registers.
+  // V channels from c on of column x, channels-last maps; eight two by two, for the sake of registers.
   template <int V>
   __device__ __forceinline__ Values<A, V> along_channels(const Row& row, int x, int c) const {
-    constexpr int kPart = V < 4 ? V : 4;
+    constexpr int kPart = V > 4 ? 2 : V;
     const Tap<A> tap = w[x];
     Values<A, V> phi;
 #pragma unroll

@@ -2,9 +2,25 @@
 // tests turn. Importing it registers the operators as torch.ops.attn_gate_cuda_host_kernels.*.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
+#include "cuda/plan.h"
 #include "cuda_on_host.h"
 
 namespace py = pybind11;
+
+namespace {
+
+using attn_gate::Resize;
+
+// Outputs of an axis that inputs [first, last) receive from, in the kernels' own arithmetic.
+template <class A>
+int64_t receivers(Resize mode, int64_t first, int64_t last, int64_t in, int64_t out) {
+  const int64_t before = mode == Resize::nearest || in == out ? first : first - 1;
+  return attn_gate::first_output<A>(mode, last, in, out) - attn_gate::first_output<A>(mode, before, in, out);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(ON_HOST_MODULE, m) {
   m.def(
@@ -17,6 +33,14 @@ PYBIND11_MODULE(ON_HOST_MODULE, m) {
   m.def(
       "set_last_blocks", [](int64_t count) { on_host::last_blocks = count; },
       "only the last blocks of each launch run");
+  m.def("receivers", [](int mode, int64_t first, int64_t last, int64_t in, int64_t out) {
+    const auto resize = Resize(mode);
+    return std::max(receivers<float>(resize, first, last, in, out),
+                    receivers<double>(resize, first, last, in, out));
+  });
+  m.def("most_receivers", [](int mode, int64_t count, int64_t every, int64_t in, int64_t out) {
+    return attn_gate::cuda::most_receivers(Resize(mode), count, every, in, out);
+  });
   m.def(
       "take_launches",
       [] {
