@@ -47,6 +47,10 @@ EDGES = (
     GateCase("gelu, resized", (9, 10), (4, 5), activation="gelu", **_PATCHES),
     GateCase("leaky relu, resized", (9, 10), (3, 4), activation="leaky_relu", stride=2),
     GateCase("softplus 3D", (4, 5, 6), (4, 5, 6), activation="softplus"),
+    # whole panels of the CPU kernels' products, and rows of whole vectors
+    GateCase("whole panels", (7, 16), (7, 16), channels=17, inter=9),
+    GateCase("whole panels, patches", (7, 33), (3, 16), channels=5, gating=18, inter=9, **_PATCHES),
+    GateCase("whole panels, patches 3D", (4, 4, 32), (2, 2, 16), channels=5, inter=9, **_PATCHES),
     GateCase("no bias, resized", (8, 9), (3, 4), bias=False, psi_bias=False, **_PATCHES),
 )
 
@@ -62,7 +66,7 @@ LARGE = (
     GateCase("large, short rows", (2500, 6), (1250, 3), channels=40, inter=7, **_PATCHES),
     GateCase("large 1D", (33001,), (16500,), channels=17, **_PATCHES),
     GateCase("large 3D", (37, 42, 46), (18, 21, 23), channels=9, gating=7, inter=5, **_PATCHES),
-    # deep products: several blocks of the depth
+    # deep products
     GateCase("deep, one grid", (19, 31), (19, 31), channels=290, gating=270, inter=21),
     GateCase("deep, patches", (14, 38), (7, 19), channels=97, gating=300, inter=17, **_PATCHES),
     GateCase("deep, patches 3D, g coarser", (6, 10, 14), (2, 3, 4), channels=71, gating=257, **_PATCHES),
