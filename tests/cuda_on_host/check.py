@@ -66,6 +66,7 @@ def main() -> None:
         GateCase("linear", (5, 8), (2, 4), channels=5, inter=3, batch=1, **patches),
         GateCase("nearest", (4, 8), (2, 4), channels=5, inter=3, batch=1, stride=2, **nearest),
         GateCase("phi resized", (3, 5), (2, 2), channels=3, inter=5, batch=1),
+        GateCase("three grids", (6, 8), (2, 2), channels=3, inter=5, batch=1, **patches),
     )
     operators = [name for name in OPERATORS if not arguments.tiny or not name.startswith("attention")]
     count, layouts = 0, list(LAYOUTS)
