@@ -55,14 +55,16 @@ class Weigh {
     if (channels_last_) {
       for (int64_t c = 0; c < channels_; ++c) y_[at + c] = from_acc<T>(to_acc(x_[at + c]) * alpha[r]);
     } else if (tile_) {
-      const A* x = tile_ + r * ld_;
-      int64_t i = 0;
-      if constexpr (std::is_same_v<T, A>)
-        for (; i + kLanes<A> <= len_; i += kLanes<A>) store(y_ + at + i, load(x + i) * load(alpha + i));
-      for (; i < len_; ++i) y_[at + i] = from_acc<T>(x[i] * alpha[i]);
+      weigh(tile_ + r * ld_, y_ + at, alpha);
     } else {
-      for (int64_t i = 0; i < len_; ++i) y_[at + i] = from_acc<T>(to_acc(x_[at + i]) * alpha[i]);
+      weigh(x_ + at, y_ + at, alpha);
     }
+  }
+  template <class X>
+  inline __attribute__((always_inline)) void weigh(const X* x, T* y, const A* alpha) {
+    int64_t i = 0;
+    for (; i + kLanes<A> <= len_; i += kLanes<A>) store_as<A>(y + i, load_as<A>(x + i) * load(alpha + i));
+    for (; i < len_; ++i) y[i] = from_acc<T>(to_acc(x[i]) * alpha[i]);
   }
   const T* x_;
   T* y_;
@@ -131,6 +133,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     if (p.preact) store_tile<false, T>(p.preact, work.flat, n, v, end, static_cast<const A*>(work.given), ld);
     if (!aside.behind) continue;
     aside.behind->begin(v, len, work.looks_aside(ld), x_in_tile ? work.rows : nullptr, ld);
+    if (!p.project) aside.behind->finish();  // no products to do it aside of
     work.turn_over();
   }
   if (aside.behind) aside.behind->finish();

@@ -52,13 +52,37 @@ template <class A>
 inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
-// A vector of A from elements of type T in memory.
+typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kBytes)));
+
+// A vector of A from elements of type T in memory, and back.
 template <class A, class T>
 inline Vec<A> load_as(const T* p) {
-  if constexpr (std::is_same_v<T, A>) return load(p);
-  A lanes[kLanes<A>];
-  convert_row(p, lanes, kLanes<A>);
-  return load(static_cast<const A*>(lanes));
+  if constexpr (std::is_same_v<T, A>) {
+    return load(p);
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    Halves bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return (Vec<A>)(__builtin_convertvector(bits, Words) << 16);
+  } else {
+    A lanes[kLanes<A>];
+    convert_row(p, lanes, kLanes<A>);
+    return load(static_cast<const A*>(lanes));
+  }
+}
+template <class A, class T>
+inline void store_as(T* p, Vec<A> v) {
+  if constexpr (std::is_same_v<T, A>) {
+    store(p, v);
+  } else if constexpr (std::is_same_v<T, bf16>) {  // as from_acc<bf16>
+    const Words u = (Words)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const Halves bits = __builtin_convertvector(v != v ? Words{} + 0x7fc0 : rounded, Halves);
+    std::memcpy(p, &bits, sizeof bits);
+  } else {
+    A lanes[kLanes<A>];
+    store(lanes, v);
+    convert_row_back(static_cast<const A*>(lanes), p, kLanes<A>);
+  }
 }
 template <class A>
 inline Vec<A> splat(A a) {
