@@ -30,7 +30,7 @@ class Weigh {
     finish();
     v_ = v, len_ = len, tile_ = tile, ld_ = ld;
     rows_ = channels_last_ ? len : channels_;
-    some_ = (rows_ + calls - 1) / calls;
+    some_ = calls > 0 ? (rows_ + calls - 1) / calls : rows_;
   }
   inline __attribute__((always_inline)) void step() {
     for (int64_t left = smaller(some_, rows_ - row_); left > 0; --left) {
