@@ -82,6 +82,7 @@ def plant(monkeypatch, make) -> None:
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_end_to_end(self, tmp_path, capsys):
         folder = tmp_path / "new" / "folder"
         modes = ("inference", "forward", "backward", "step")

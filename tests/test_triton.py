@@ -57,6 +57,7 @@ def test_cpu_tensors_need_a_driver_for_the_cpu(monkeypatch):
         functional.apply_attention(x, alpha, backend="triton")
 
 
+@pytest.mark.slow
 def test_compiled_and_exported_graphs_say_who_computes():
     assert output_of(python("triton_graphs.py", TRITON_INTERPRET="1")) == "whole\n"
 
