@@ -47,11 +47,14 @@ EDGES = (
     GateCase("gelu, resized", (9, 10), (4, 5), activation="gelu", **_PATCHES),
     GateCase("leaky relu, resized", (9, 10), (3, 4), activation="leaky_relu", stride=2),
     GateCase("softplus 3D", (4, 5, 6), (4, 5, 6), activation="softplus"),
-    # whole panels of the CPU kernels' products, and rows of whole vectors
-    GateCase("whole panels", (7, 16), (7, 16), channels=17, inter=9),
-    GateCase("whole panels, patches", (7, 33), (3, 16), channels=5, gating=18, inter=9, **_PATCHES),
-    GateCase("whole panels, patches 3D", (4, 4, 32), (2, 2, 16), channels=5, inter=9, **_PATCHES),
     GateCase("no bias, resized", (8, 9), (3, 4), bias=False, psi_bias=False, **_PATCHES),
+)
+
+# Projections that the CPU kernels do by panels: whole ones, and rows of whole vectors.
+PANELS = (
+    GateCase("whole panels", (7, 16), (7, 16), channels=120, gating=110, inter=17),
+    GateCase("whole panels, patches", (7, 33), (3, 16), channels=40, gating=18, inter=17, **_PATCHES),
+    GateCase("whole panels, patches 3D", (4, 4, 32), (2, 2, 16), channels=30, gating=9, inter=9, **_PATCHES),
 )
 
 # Several tiles in a row and in a sample, several groups of partial sums, several bands (more than 2 MiB of x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import BACKENDS, DTYPES, EDGES, LARGE, LAYOUTS, compare, recomputes
+from matrix import BACKENDS, DTYPES, EDGES, LARGE, LAYOUTS, PANELS, compare, recomputes
 
 from attn_gate import backends, functional, reference
 from attn_gate._library import ops
@@ -15,7 +15,7 @@ from attn_gate.judge import judge
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("case", CASES + EDGES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + EDGES + PANELS, ids=lambda case: case.name)
 def test_small(case, operator, dtype, backend):
     if reason := backends.BACKENDS[backend].why_not(torch.device(backends.device_of(backend)), dtype):
         pytest.skip(reason)

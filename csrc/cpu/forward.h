@@ -133,7 +133,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     if (p.preact) store_tile<false, T>(p.preact, work.flat, n, v, end, static_cast<const A*>(work.given), ld);
     if (!aside.behind) continue;
     aside.behind->begin(v, len, work.looks_aside(ld), x_in_tile ? work.rows : nullptr, ld);
-    if (!p.project) aside.behind->finish();  // no products to do it aside of
+    if (!p.hides_memory()) aside.behind->finish();
     work.turn_over();
   }
   if (aside.behind) aside.behind->finish();

@@ -189,11 +189,11 @@ struct Worker {
   // Whether the first product can take a part's rows from memory: voxels of a map that lie side by side as in
   // a tile, or pairs of them (patches two voxels wide) in rows of whole vectors.
   bool in_rows(const Part& part) const {
-    return p.inter > 0 && !part.map.channels_last && !part.centred &&
+    return p.hides_memory() && !part.map.channels_last && !part.centred &&
            part.patches.coarse == part.patches.map && part.patches.map.voxels() == part.patches.map.w;
   }
   bool in_pairs(const Part& part) const {
-    return p.inter > 0 && !part.map.channels_last && !part.centred && part.patches.kernel.w == 2 &&
+    return p.hides_memory() && !part.map.channels_last && !part.centred && part.patches.kernel.w == 2 &&
            part.patches.stride.w == 2 && part.patches.coarse.w % kLanes<A> == 0;
   }
   // The product of W's first rows with a part, whose rows are in the tile from then on: NV vectors of voxels

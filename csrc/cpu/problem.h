@@ -67,6 +67,8 @@ struct Problem {
   ATTN_GATE_INLINE int64_t depth() const {
     return rows_x() + rows_g();
   }  // K of the projections' matrix product
+  // Whether the projections are arithmetic enough to hide the memory's work behind.
+  ATTN_GATE_INLINE bool hides_memory() const { return project && depth() * inter >= 2048; }
   ATTN_GATE_INLINE bool uses_x() const { return theta_weight != nullptr; }
   ATTN_GATE_INLINE bool same_grid() const { return fine == coarse; }
 };
