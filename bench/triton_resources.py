@@ -105,7 +105,7 @@ LARGE = (
 # What else a launch may be specialised for: with the first choice of block sizes, and for two of the targets.
 VARIANT_TARGETS = TARGETS[:2]
 VARIANTS = (
-    (replace(SAME, name="same grid 2D"), _FLOAT16),
+    (SAME, _FLOAT16),
     (replace(SAME, name="same grid 2D, stored", stored=True), _BFLOAT16),
     (replace(PAPER, name="paper 2D, stored", stored=True), _FLOAT32),
     (replace(SAME, name="same grid 2D, 64-bit offsets", wide=True), _FLOAT32),

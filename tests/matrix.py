@@ -185,6 +185,28 @@ def results(
     return {**outputs, **{f"d {name}": g for name, g in zip(wanted, gradients, strict=True)}}
 
 
+def follows_in_a_graph(case: GateCase, operator: str, backend: str) -> None:
+    """On a GPU: forward and backward are captured, and follow the inputs when they are replayed."""
+    tensors = {name: t.requires_grad_() for name, t in case.inputs(operator, device="cuda").items()}
+
+    def step() -> tuple[Tensor, ...]:
+        y, alpha = getattr(functional, operator)(**tensors, **case.options(operator), backend=backend)
+        return (y, *torch.autograd.grad(y.square().sum() + alpha.sum(), list(tensors.values())))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # what is compiled and timed, is here
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for t in tensors.values():
+            t.mul_(0.5)
+    graph.replay()
+    assert all(torch.equal(found, exact) for found, exact in zip(captured, step(), strict=True))
+
+
 def recomputes(operator: str) -> Iterator[dict[str, bool]]:
     """The ways to call an operator that must not change its results."""
     if operator.startswith("attention"):

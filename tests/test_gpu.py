@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import DTYPES, EDGES, LARGE, LAYOUTS, compare, recomputes, results
+from matrix import DTYPES, EDGES, LARGE, LAYOUTS, compare, follows_in_a_graph, recomputes, results
 
 from attn_gate import backends, functional
 from attn_gate.cases import CASES, OPERATORS
@@ -47,25 +47,7 @@ def test_same_bits_on_every_run(case):
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[9]], ids=lambda case: case.name)
 def test_captured_in_a_graph(case):
-    """Forward and backward are captured, and follow the inputs when they are replayed."""
-    tensors = {name: t.requires_grad_() for name, t in case.inputs("gate", device="cuda").items()}
-
-    def step():
-        y, alpha = functional.gate(**tensors, backend="cuda", **case.options("gate"))
-        return (y, *torch.autograd.grad(y.square().sum() + alpha.sum(), list(tensors.values())))
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for t in tensors.values():
-            t.mul_(0.5)
-    graph.replay()
-    assert all(torch.equal(found, exact) for found, exact in zip(captured, step(), strict=True))
+    follows_in_a_graph(case, "gate", "cuda")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

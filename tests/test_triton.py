@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix import EDGES, LARGE, LAYOUTS, compare, recomputes, results
+from matrix import EDGES, LARGE, LAYOUTS, compare, follows_in_a_graph, recomputes, results
 
 from attn_gate import backends, functional
 from attn_gate.cases import CASES, OPERATORS
@@ -104,25 +104,7 @@ def test_the_same_bits_from_run_to_run():
 @gpu
 @pytest.mark.parametrize("operator", ("gate", "attention_gate"))
 def test_captured_in_a_graph(operator):
-    """Forward and backward are captured, and follow the inputs when they are replayed."""
-    tensors = {name: t.requires_grad_() for name, t in _CASE.inputs(operator, device="cuda").items()}
-
-    def step():
-        y, alpha = getattr(functional, operator)(**tensors, **_CASE.options(operator), backend="triton")
-        return (y, *torch.autograd.grad(y.square().sum() + alpha.sum(), list(tensors.values())))
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # kernels are compiled and timed here
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for t in tensors.values():
-            t.mul_(0.5)
-    graph.replay()
-    assert all(torch.equal(found, exact) for found, exact in zip(captured, step(), strict=True))
+    follows_in_a_graph(_CASE, operator, "triton")
 
 
 @pytest.mark.gpu
