@@ -67,7 +67,8 @@ struct Problem {
   ATTN_GATE_INLINE int64_t depth() const {
     return rows_x() + rows_g();
   }  // K of the projections' matrix product
-  // Whether the projections are arithmetic enough to hide the memory's work behind.
+  // Whether the projections are arithmetic enough to hide the memory's work behind. Measured: at a depth of
+  // 32 and 8 inter channels panels took up to twice the time of long tiles, at 128 and 32 they take less.
   ATTN_GATE_INLINE bool hides_memory() const { return project && depth() * inter >= 2048; }
   ATTN_GATE_INLINE bool uses_x() const { return theta_weight != nullptr; }
   ATTN_GATE_INLINE bool same_grid() const { return fine == coarse; }
