@@ -242,8 +242,7 @@ inline bool plan_backward(Backward& p, const Grid& coarse, const Grid& fine, Res
   return found;
 }
 
-// -------------------------------------------------------------------------------- backward with a resized
-// phi
+// ------------------------------------------------------------------------------------- backward, resized phi
 
 inline void cut(PhiAxis& axis, Resize mode, Resize alpha_resize, int64_t most, int align, int phi_align) {
   axis.tiles = int(ceil_div(axis.gating, std::min(axis.gating, most)));
