@@ -183,7 +183,8 @@ def test_scripting_and_tracing_give_the_original_network(runs):
     torch.jit.save(scripted, buffer)
     for module in (scripted, traced, torch.jit.load(io.BytesIO(buffer.getvalue()))):
         torch.testing.assert_close(module(x), net(x))
-        assert "attn_gate" not in str(module.graph) and list(module.state_dict()) == list(net.state_dict())
+        graph = module.graph.str(print_source_ranges=False)  # else the folder's name is in it
+        assert "attn_gate" not in graph and list(module.state_dict()) == list(net.state_dict())
     assert not runs
     fused(x)
     assert len(runs) == 2  # the network itself is still fused
