@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import BACKENDS, DTYPES, EDGES, LARGE, LAYOUTS, PANELS, compare, recomputes
+from matrix import BACKENDS, DTYPES, EDGES, LARGE, LAYOUTS, PANELS, compare, recomputes, results
 
 from attn_gate import backends, functional, reference
 from attn_gate._library import ops
@@ -31,6 +31,22 @@ def test_large(case, operator, backend):
     for options in recomputes(operator):
         for layout in ("contiguous", "channels last"):
             compare(case, operator, torch.float32, layout, backend=backend, **options)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operator", ["gate", "attention_gate"])
+@pytest.mark.parametrize("case", [CASES[0], *PANELS], ids=lambda case: case.name)
+def test_16_bits_are_float32_rounded_to_nearest(case, operator, dtype, layout):
+    """Rounding down stays within what a comparison allows, but is twice as wrong, and all to one side."""
+    narrow = case.inputs(operator, dtype, layout)
+    wide = {name: t if t is None else t.float() for name, t in narrow.items()}
+    call, options = getattr(functional, operator), case.options(operator)
+    exact = results(call, wide, **options)
+    for name, found in results(call, narrow, **options).items():
+        # dx of patches is a sum of two parts, each of which is rounded.
+        if name in ("y", "alpha", "d g") or (name == "d x" and (operator == "gate" or case.kernel == 1)):
+            assert (found == exact[name].to(found.dtype)).double().mean() > 0.99, name
 
 
 # ---- moments: the native kernels alone have them

@@ -56,7 +56,9 @@ def test_every_choice_of_block_sizes_is_recorded(dtype):
 
 
 @pytest.mark.parametrize(
-    "setting, dtype, layout, choices", QUICK, ids=lambda value: getattr(value, "name", str(value))
+    "setting, dtype, layout, choices",
+    QUICK,
+    ids=lambda value: getattr(value, "name", getattr(value, "__name__", str(value))),
 )
 def test_the_table_of_resources_is_true(setting, dtype, layout, choices):
     found = compile_setting(setting, dtype, layout, ("cuda", 90), choices)

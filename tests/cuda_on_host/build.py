@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pybind11
 import torch
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -67,9 +68,15 @@ def build(kind: str = "plain", csrc: Path = ROOT / "csrc") -> Path:
     name = f"attn_gate_on_host_{kind}"
     folder = ROOT / "build" / "cuda_on_host" / digest
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # two processes of pytest want it at once
+        if not library.exists():
+            _compile(library, kind, csrc)
+    return library
+
+
+def _compile(library: Path, kind: str, csrc: Path) -> None:
+    folder, name = library.parent, library.name.split(".")[0]
     torch_home = Path(torch.__file__).parent
     includes = [csrc, HERE, pybind11.get_include(), sysconfig.get_path("include")]
     system = [cuda_headers(), torch_home / "include"]
@@ -106,7 +113,6 @@ def build(kind: str = "plain", csrc: Path = ROOT / "csrc") -> Path:
     scratch.rename(library)
     for path in objects:
         path.unlink()
-    return library
 
 
 def _unchecked(kind: str) -> list[str]:
