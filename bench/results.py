@@ -127,6 +127,22 @@ class Results:
         theirs = self.find(config, mode, over, **which)
         return None if ours is None or theirs is None else theirs.median_ms / ours.median_ms
 
+    @property
+    def failures(self) -> list[Row]:
+        """Rows that are wrong or failed, but for layouts in which plain PyTorch is wrong as well.
+
+        Its batch norm on the CPU loses digits in channels last, and does so in every gate that ends with one.
+        """
+        wrong = {row.key for row in self.rows if row.status == "wrong"}
+
+        def is_shared(row: Row) -> bool:
+            end = "-channels-last"
+            return row.provider.endswith(end) and (*row.key[:-1], f"eager{end}") in wrong
+
+        return [
+            row for row in self.rows if row.status == "failed" or (row.key in wrong and not is_shared(row))
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """All fields of the schema."""
         from . import modelled  # it describes these results' configs

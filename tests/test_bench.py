@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -139,6 +140,21 @@ class TestRun:
         assert rows["planted"]["status"] == "wrong"
         assert rows["planted"]["times_ms"] == [] and rows["planted"]["median_ms"] is None
         assert "planted: wrong at same-8 inference: y is off" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("layout, code", [("", 1), ("-channels-last", 0)])
+    def test_what_pytorch_has_wrong_in_a_layout_is_nobodys_failure(self, layout, code, monkeypatch, tmp_path):
+        def make(case: Case, training: bool) -> Program:
+            program = eager(case, training)
+            return Program(program.works, lambda: {**program.results(), "y": program.results()["y"] * 1.001})
+
+        eager = PROVIDERS["eager"].make
+        names = [f"eager{layout}", f"attn_gate{layout}"]
+        for name in names:
+            monkeypatch.setitem(PROVIDERS, name, dataclasses.replace(PROVIDERS[name], make=make))
+        args = ("--config", "same-8", "--mode", "inference")
+        assert bench(tmp_path, "--provider", ",".join(names), *args) == code
+        assert [row["status"] for row in load(tmp_path)["rows"]] == ["wrong", "wrong"]
+        assert bench(tmp_path / "alone", "--provider", names[1], *args) == 1
 
     @pytest.mark.parametrize("config", ["paper-8", "lee-8"])
     def test_a_wrong_gradient_gets_no_time(self, config, monkeypatch, tmp_path):
