@@ -37,7 +37,7 @@ EDGES = (
     GateCase("aligned corners from one voxel", (7, 8), (1, 1), stride=8, **_ALIGNED),
     GateCase("nearest, g finer", (7, 9), (10, 13), stride=2, **_NEAREST),
     GateCase("g much finer", (5, 4), (31, 27)),
-    GateCase("alpha from one voxel 3D", (5, 6, 7), (2, 2, 2), stride=7),
+    GateCase("alpha from one voxel 3D", (3, 4, 5), (2, 2, 2), stride=5),
     GateCase("batch of one", (9, 7), (4, 3), batch=1, **_PATCHES),
     GateCase("batch of five, one sample less than a vector", (1, 3), (1, 3), batch=5),
     GateCase("as many channels as a vector", (6, 9), (6, 9), channels=16, gating=16, inter=16),

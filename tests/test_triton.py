@@ -32,14 +32,18 @@ def output_of(process: subprocess.Popen) -> str:
     return output
 
 
-def test_the_matrix_is_right_in_the_interpreter():
-    parts = [python("triton_matrix.py", str(part), "2", TRITON_INTERPRET="1") for part in range(2)]
-    assert sum(int(output_of(process)) for process in parts) > 350
+@pytest.mark.parametrize(
+    "half, least", ((0, 300), pytest.param(1, 120, marks=pytest.mark.slow)), ids=("first half", "second half")
+)
+def test_the_matrix_is_right_in_the_interpreter(half, least):
+    parts = [python("triton_matrix.py", str(part), "2", str(half), TRITON_INTERPRET="1") for part in range(2)]
+    assert sum(int(output_of(process)) for process in parts) > least
 
 
-@pytest.mark.parametrize("what", ("load", "store", "twice", "bfloat16", "tf32"))
-def test_the_repaired_interpreter_finds(what):
-    assert output_of(python("triton_planted.py", what, TRITON_INTERPRET="1")) == "found\n"
+def test_the_repaired_interpreter_finds_what_is_planted():
+    assert output_of(python("triton_planted.py", TRITON_INTERPRET="1")) == (
+        "load found\nstore found\ntwice found\nbfloat16 found\ntf32 found\n"
+    )
 
 
 def test_triton_is_imported_by_the_first_call_only():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import attn_gate.triton_kernels as triton_kernels
 import pytest
 import torch
-from attn_gate.bench.triton_resources import PAPER, PAPER_3D, SAME, Setting, calls
+from attn_gate.bench.triton_settings import PAPER, PAPER_3D, SAME, Setting, calls
 from attn_gate.triton_kernels import geometry, launch, operators, passes
 
 from attn_gate.operators import OPERATORS

@@ -1,11 +1,9 @@
-"""Kernels with a planted defect: TRITON_INTERPRET=1 python tests/triton_planted.py load | store | twice | ...
+"""Kernels with planted defects: TRITON_INTERPRET=1 python tests/triton_planted.py
 
-Prints "found" where the repaired interpreter notices it, or computes as the hardware does.
+Prints "found" for each that the repaired interpreter notices, or computes as the hardware does.
 """
 
 from __future__ import annotations
-
-import sys
 
 import torch
 import triton
@@ -44,30 +42,36 @@ def finds(read: int, write: int, same: bool) -> bool:
     return False
 
 
+def computes_bfloat16() -> bool:
+    """Whether it rounds to nearest, and adds up exact products in float32."""
+    a, b = torch.randn(2, 256).bfloat16(), torch.empty(16).bfloat16()
+    third[(1,)](a, b)
+    c = torch.empty(16, 16)
+    product[(1,)](a[0], a[1], c, PRECISION="ieee")
+    exact = a[0].view(16, 16).double() @ a[1].view(16, 16).double()
+    return torch.equal(b, a[0, :16] * 3) and bool((c - exact).abs().max() < 1e-5)
+
+
+def computes_tf32() -> bool:
+    """Whether products are less exact than float32's, and no worse than tf32's."""
+    a, c = torch.randn(2, 256), torch.empty(16, 16)
+    product[(1,)](a[0], a[1], c, PRECISION="tf32")
+    error = (c - a[0].view(16, 16).double() @ a[1].view(16, 16).double()).abs().max()
+    return bool(1e-4 < error < 1e-1)
+
+
 def main() -> None:
     triton_repairs.repair()
     torch.manual_seed(0)
-    what = sys.argv[1]
     assert not finds(9, 9, False)
-    if what == "load":
-        found = finds(10, 9, False)
-    elif what == "store":
-        found = finds(9, 10, False)
-    elif what == "twice":
-        found = finds(9, 9, True)
-    elif what == "bfloat16":
-        a, b = torch.randn(2, 256).bfloat16(), torch.empty(16).bfloat16()
-        third[(1,)](a, b)
-        c = torch.empty(16, 16)
-        product[(1,)](a[0], a[1], c, PRECISION="ieee")
-        exact = a[0].view(16, 16).double() @ a[1].view(16, 16).double()
-        found = torch.equal(b, a[0, :16] * 3) and (c - exact).abs().max() < 1e-5
-    else:
-        a, c = torch.randn(2, 256), torch.empty(16, 16)
-        product[(1,)](a[0], a[1], c, PRECISION="tf32")
-        error = (c - a[0].view(16, 16).double() @ a[1].view(16, 16).double()).abs().max()
-        found = 1e-4 < error < 1e-1
-    print("found" if found else "missed")
+    for what, found in (
+        ("load", finds(10, 9, False)),
+        ("store", finds(9, 10, False)),
+        ("twice", finds(9, 9, True)),
+        ("bfloat16", computes_bfloat16()),
+        ("tf32", computes_tf32()),
+    ):
+        print(what, "found" if found else "missed")
 
 
 if __name__ == "__main__":

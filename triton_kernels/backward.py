@@ -20,6 +20,23 @@ A program takes tiles of coarse voxels in turn. Bytes per sample, e an element:
   8 I (C + G) bytes from L2 beside 4 (3 C + 2 G) BT. At I >= 128 that is more than a launch of its own that
   reads a stored ds: `geometry.splits` compares them (SPLIT). SPLIT also takes any I, a block at a time.
 - g, or phi, on a grid of its own: dphi gathers ds from tiles of other programs, in a launch after this one.
+  Tiles of whole voxels of Q could do without it where the resize is nearest by an integer: at S = R = 4 Q and
+  I = C / 2 the launch reads I channels again beside 3 C + 2.5 I, 12 %. But all such tiles would be boxes, in
+  place of runs, and rows of 16 voxels that begin anywhere take 3 sectors for 2 of each map: no gain.
+
+What a program requests of L1 and L2 is more than what memory must move. Paper 2D in float32, T = 4 taps,
+I = C = 64, G = 128, SPLIT, tiles of 4 x 16, BI = 32, BK = 16: 6.1 times the 3 T C + 2 G channels, counted by
+an interpreter of PTX (bench/triton_kernels.md), of which
+
+    1.5    ds again for each BK rows of dx and dg: e I (T C + G) / BK bytes a voxel
+    1.0    x's patches once for each BI of I, and each sector once for each tap along w
+    1.0    dy and dx at the patches, each sector once for each tap along w
+    0.9    x and dy around the tile: 1.33 times their voxels, in rows that begin anywhere
+    0.75   weights, for s and for dx and dg: 8 I (T C + G) / BT
+    0.4    g for each BI of I, and dg
+
+The first, 16 KB a tile, stays in L1. Twice the rows at a time would halve it, but spill: operands of 32 x 64
+by three products on compute capability 8.0, in bfloat16 with 128 threads too.
 
 Rows of the workspace are summed in order afterwards (`parameters.sum_kernel`): no atomics, the same bits
 always.

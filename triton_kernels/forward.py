@@ -21,6 +21,18 @@ an element:
                 float32, 2^d taps of I channels a voxel of R
   With Q twice as coarse and G = 2 I the former does 2^d times the products and twice the loads, to save 8 I Q
   bytes beside the 2 e C S of x and y: phi is resized.
+
+What a program requests of L1 and L2 is more. Paper 2D in float32, T = 4 taps, I = C = 64, G = 128, 32 x 32
+coarse voxels in 33 tiles of 4 x 16 (3 x 15 their own): 4.15 times the 2 T C + G channels, counted by an
+interpreter of PTX (bench/triton_kernels.md), of which
+
+    1.4    x's patches: h = 1.39, each sector once for each tap along w, rows that begin anywhere
+    1.25   weights: 4 I (T C + G) bytes a tile, 98 KB, which L1 holds
+    1.0    x again and y, in rows of 30 voxels that begin anywhere
+    0.4    g
+
+Larger tiles would have fewer weights and less halo; float32 by three products has no registers for them
+(bfloat16, of 128 voxels: 3.0). Tiles of 8 x 8 have h = 1.31, but rows of 8 take 2 sectors where they fill 1.
 """
 
 import triton

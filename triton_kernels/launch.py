@@ -62,7 +62,7 @@ _WHOLE_BACKWARD = (
     Blocks(32, depth=16),
     Blocks(32, warps=8, programs=1),
 )
-# Of float32 by three products each operand takes twice the registers.
+# Of float32 by three products each operand takes twice the registers; so do offsets of 64 bits.
 _WHOLE_FLOAT32 = (
     Blocks(64, depth=16, inter=64, warps=8, programs=1),
     Blocks(32, depth=16, inter=64, warps=8, programs=1),
@@ -73,9 +73,9 @@ _WHOLE_BACKWARD_FLOAT32 = (
 )
 
 
-def whole(t: Tensor) -> tuple[Blocks, ...]:
-    """For the forward of a whole gate on maps like t."""
-    return _WHOLE_FLOAT32 if t.dtype == torch.float32 else _WHOLE
+def whole(t: Tensor, wide: bool = False) -> tuple[Blocks, ...]:
+    """For the forward of a whole gate on maps like t, with 64-bit offsets where `wide`."""
+    return _WHOLE_FLOAT32 if wide or t.dtype == torch.float32 else _WHOLE
 
 
 def whole_backward(t: Tensor) -> tuple[Blocks, ...]:

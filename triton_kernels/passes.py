@@ -135,7 +135,9 @@ def _blocks_of_inter(p: Problem, blocks: Blocks, voxels: int) -> int:
     """BI: all of I up to a limit for matrix products, which take no less than 16."""
     if p.project:
         return max(16, min(power_of_two(p.inter), blocks.inter))
-    return _block(blocks.elements, voxels, p.inter, p.theta)
+    # A resize of three axes has eight taps of each element in registers.
+    elements = blocks.elements // 2 if all(_linear_axes(p.phi_resize)) else blocks.elements
+    return _block(elements, voxels, p.inter, p.theta)
 
 
 def _sizes(p: Problem) -> dict:
@@ -204,8 +206,14 @@ def run_forward(p: Problem, y: Tensor | None, alpha: Tensor, preact: Tensor | No
         if target is not y:
             run_apply(p, alpha, y, blocks)
 
-    choices = launch.whole(p.like) if p.project else launch.CHAIN
-    launch.tuned(p.key("forward", y is None), p.like.device, choices, run)
+    wide = p.offset() == tl.int64
+    choices = launch.whole(p.like, wide) if p.project else _chain_choices(p)
+    launch.tuned(p.key("forward", y is None, wide), p.like.device, choices, run)
+
+
+def _chain_choices(p: Problem) -> tuple[Blocks, ...]:
+    """The taps of a resized phi take the registers of larger tiles."""
+    return launch.CHAIN if p.phi_resize.identity else launch.CHAIN[:2]
 
 
 def _depth(p: Problem, blocks: Blocks) -> int:
@@ -272,14 +280,21 @@ def run_backward(
             if t is not None:
                 t.zero_()
         return
-    choices = launch.whole_backward(p.like) if p.project else launch.CHAIN
-    if p.project and p.depth <= 16:
-        choices = choices[1:]  # loops of one step unroll, and the first tile's registers don't suffice
+    choices = launch.whole_backward(p.like) if p.project else _chain_choices(p)
+    if p.project and not _fits_first(p, choices[0]):
+        choices = choices[1:]
     wanted = tuple(t is not None for t in (dy, dalpha, preact, *vars(out).values()))
     launch.tuned(
         p.key("backward", wanted), p.like.device, choices,
         lambda blocks: _backward(p, out, dy, dalpha, alpha, preact, blocks),
     )  # fmt: skip
+
+
+def _fits_first(p: Problem, blocks: Blocks) -> bool:
+    """Whether the first choice has the registers for a whole gate's backward: bench/triton_resources.csv."""
+    unrolled = p.depth <= 16  # loops of one step
+    channels_last = p.taps == 1 and _last(p.x) and p.like.dtype == torch.float32 and p.inter <= blocks.inter
+    return not (unrolled or channels_last)
 
 
 def _gaps(p: Problem) -> bool:
