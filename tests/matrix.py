@@ -127,8 +127,9 @@ def compare(
     **options: object,
 ) -> None:
     """Forward and all gradients of one case: fails with the names and errors of wrong results."""
-    # Where PyTorch's convolutions make theta and phi, they round them to the maps' dtype.
-    rounds = backend.startswith("cuda") and operator.startswith("attention")
+    # Where PyTorch's convolutions or Triton's products of matrices make theta and phi, they take weights
+    # rounded to the maps' dtype, as under autocast.
+    rounds = backend.startswith(("cuda", "triton")) and operator.startswith("attention")
     tensors, eager, exact = _expected(case, operator, dtype, seed, backends.device_of(backend), rounds)
     arrange = LAYOUTS[layout]
     arranged = {name: t if t is None else arrange[_ROLES.get(name, 3)](t) for name, t in tensors.items()}

@@ -33,7 +33,7 @@ def output_of(process: subprocess.Popen) -> str:
 
 
 @pytest.mark.parametrize(
-    "half, least", ((0, 300), pytest.param(1, 120, marks=pytest.mark.slow)), ids=("first half", "second half")
+    "half, least", ((0, 250), pytest.param(1, 100, marks=pytest.mark.slow)), ids=("first half", "second half")
 )
 def test_the_matrix_is_right_in_the_interpreter(half, least):
     parts = [python("triton_matrix.py", str(part), "2", str(half), TRITON_INTERPRET="1") for part in range(2)]
