@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton.language as tl
@@ -280,9 +280,7 @@ def run_backward(
             if t is not None:
                 t.zero_()
         return
-    choices = launch.whole_backward(p.like) if p.project else _chain_choices(p)
-    if p.project and not _fits_first(p, choices[0]):
-        choices = choices[1:]
+    choices = _whole_backward_choices(p) if p.project else _chain_choices(p)
     wanted = tuple(t is not None for t in (dy, dalpha, preact, *vars(out).values()))
     launch.tuned(
         p.key("backward", wanted), p.like.device, choices,
@@ -290,11 +288,14 @@ def run_backward(
     )  # fmt: skip
 
 
-def _fits_first(p: Problem, blocks: Blocks) -> bool:
-    """Whether the first choice has the registers for a whole gate's backward: bench/triton_resources.csv."""
-    unrolled = p.depth <= 16  # loops of one step
-    channels_last = p.taps == 1 and _last(p.x) and p.like.dtype == torch.float32 and p.inter <= blocks.inter
-    return not (unrolled or channels_last)
+def _whole_backward_choices(p: Problem) -> tuple[Blocks, ...]:
+    """Those that the registers suffice for: bench/triton_resources.csv."""
+    first, *others = launch.whole_backward(p.like)
+    if p.depth <= 16:
+        return tuple(others)  # loops of one step unroll
+    if p.taps == 1 and _last(p.x) and p.like.dtype == torch.float32:
+        first = replace(first, stages=1)
+    return first, *others
 
 
 def _gaps(p: Problem) -> bool:
