@@ -231,9 +231,10 @@ def _(dmean, dcov, x, mean, kernel, stride, needs):
     return _like(x, bool(needs))
 
 
-@torch.library.register_fake("attn_gate::moments_add_bwd")
-def _(dx, dmean, dcov, x, mean, kernel, stride):
-    return None
+@torch.library.register_fake("attn_gate::projection_statistics")
+def _(x, theta_weight, centre, stride):
+    inter = theta_weight.shape[0]
+    return x.new_empty(inter, dtype=torch.float64), x.new_empty(inter, dtype=torch.float64)
 
 
 @torch.library.register_fake("attn_gate::attention_train_fwd")
@@ -246,7 +247,11 @@ def _(
 
 @torch.library.register_fake("attn_gate::attention_train_bwd")
 def _(
-    dy, dlogits, x, g, centre_x, centre_g, theta_weight, phi_weight, bias, psi_weight, alpha,
-    stride, phi_resize, alpha_resize, activation, needs,
+    dy, dlogits, x, g, centre_x, centre_g, theta_weight, phi_weight, theta_norm, phi_norm, bias, psi_weight,
+    alpha, stride, phi_resize, alpha_resize, activation, needs,
 ):  # fmt: skip
-    return _gradients_of_whole(x, g, theta_weight, phi_weight, _wanted(needs, 7))
+    *wanted, of_theta, of_phi, of_bias, of_psi, of_psi_bias = _wanted(needs, 9)
+    maps = _gradients_of_whole(x, g, theta_weight, phi_weight, (*wanted, of_bias, of_psi, of_psi_bias))
+    inter = theta_weight.shape[0]
+    scales = _parameter(x, (inter,), of_theta), _parameter(x, (inter,), of_phi)
+    return *maps[:4], *scales, *maps[4:]

@@ -1,14 +1,17 @@
 """Batch norms of theta and phi in training mode, with nothing of I channels made or kept.
 
-    theta = W x + b    has the mean W m + b and the variances diag(W Cov W^T),    m, Cov: the moments of x,
+Once the mean and the variance of a projection are known, a batch norm behind it folds into it in training too.
+So nothing is stored that passes over x and g can make again:
 
-so a batch norm behind a projection folds into it in training too, once x's moments are known: small tensors,
-on which PyTorch's own autograd works. What remains are passes over x and g:
+    forward    statistics of theta and of phi; logits of the folded weights; psi's norm; x * alpha
+    backward   dalpha; psi's norm; the two means of each norm's gradient; all gradients
 
-    forward    moments of x and g; logits of the folded weights; psi's norm on one channel; x * alpha
-    backward   dalpha; psi's norm; all gradients of the folded gate; what the moments add to dx and dg
+In eager mode on the CPU kernels do that (`_Function`). Elsewhere operators that autograd, torch.compile and
+torch.func know are composed (`_Gate.composed`), and the statistics are those of known moments of x:
 
-Source: Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithm 1, for projections of known moments.
+    theta = W x + b    has the mean W m + b and the variances diag(W Cov W^T),    m, Cov: the moments of x
+
+Source: Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithm 1.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ from attn_gate.norms import FOLDABLE, BiasedBatchNorm
 from attn_gate.reference import accumulation_dtype
 from attn_gate.spec import GateSpec
 
-Moments = tuple[Tensor, Tensor]
+Moments = tuple[Tensor | None, Tensor | None]
+# What is taken off the rows of a projection's input; mean and biased variance of the projection of the rest.
+Statistics = tuple[Tensor | None, Tensor | None, Tensor | None]
 _NORMS = ("theta_norm", "phi_norm", "psi_norm")
 _TENSORS = 6  # of a layer: see _tensors
 
@@ -186,28 +191,52 @@ class _Gate:
         return of_x, of_g
 
     def folded(
-        self,
-        tensors: Sequence[Tensor | None],
-        moments: Sequence[Moments],
-        centres: Sequence[Tensor | None] = (None, None),
+        self, tensors: Sequence[Tensor | None], moments: Sequence[Moments]
     ) -> tuple[Tensor | None, ...]:
-        """Weights of theta, phi and psi, bias, psi's bias: as `functional.attention_logits` takes them.
-
-        centres: what the projections take off their inputs first.
-        """
+        """Weights of theta, phi and psi, bias, psi's bias: as `functional.attention_logits` takes them."""
         weights, biases = [], []
         for i, kind in enumerate(self.norms):
-            weight, bias, scale, shift, mean, var = tensors[i * _TENSORS : (i + 1) * _TENSORS]
+            weight, bias, scale, shift, mean, var = _layer(tensors, i)
             if kind == "batch" and i < 2:
                 weight, bias = (t if t is None else t.double() for t in (weight, bias))
-                mean, cov = moments[i]
-                mean = mean if centres[i] is None else mean - centres[i]
-                mean, var = statistics_of_projection(weight, bias, mean, cov)
+                mean, var = statistics_of_projection(weight, bias, *moments[i])
             if mean is not None:
                 weight, bias = fold(weight, bias, scale, shift, mean, var, self.eps[i])
             weights.append(weight)
             biases.append(bias)
         return *weights, summed(*biases[:2]), biases[2]
+
+    def statistics(self, tensors: Sequence[Tensor | None], x: Tensor, g: Tensor) -> list[Statistics]:
+        """Of theta and of phi, each Nones where no batch norm needs them."""
+        found: list[Statistics] = []
+        for i, (of, kernel, stride) in enumerate(
+            ((x, self.kernel, self.stride), (g, [1], [1] * len(self.stride)))
+        ):
+            if self.norms[i] != "batch":
+                found.append((None, None, None))
+                continue
+            centre = rough_mean(of).repeat_interleave(math.prod(kernel))
+            weight = _layer(tensors, i)[0].to(centre.dtype)
+            found.append((centre, *ops.projection_statistics(of, weight, centre, stride)))
+        return found
+
+    def projection(
+        self, i: int, tensors: Sequence[Tensor | None], statistics: Statistics
+    ) -> tuple[Tensor | None, ...]:
+        """Weight, norm and bias of theta (i = 0), phi (1) or psi (2).
+
+        Behind a batch norm on statistics of this batch the weight is divided by the deviation, and the norm is
+        what remains of it: shift and scale [2, I], both in float64. Others are folded, and the norm is None.
+        """
+        weight, bias, scale, shift, mean, var = _layer(tensors, i)
+        if statistics[1] is not None:
+            _, mean, var = statistics
+            inverse = (var + self.eps[i]).rsqrt()
+            scale = torch.ones_like(var) if scale is None else scale.double()
+            return weight.double() * _column(inverse, weight), torch.stack((-mean * inverse, scale)), shift
+        if mean is not None:
+            weight, bias = fold(weight, bias, scale, shift, mean, var, self.eps[i])
+        return weight, None, bias
 
     def alpha(
         self, tensors: Sequence[Tensor | None], logits: Tensor, statistics: Moments = (None, None)
@@ -235,38 +264,52 @@ class _Gate:
         else:
             alpha = self.alpha(tensors, logits, statistics)
         if parts is not None:
-            self.track(parts, tensors, moments, statistics, x, g, logits)
+            with torch.no_grad():
+                projected = [
+                    statistics_of_projection(*_layer(tensors, i)[:2], *moments[i]) if moments[i][0] is not None
+                    else (None, None) for i in range(2)
+                ]  # fmt: skip
+                self.track(parts, *projected, statistics, g, logits)
         return functional.apply_attention(
             x, alpha, alpha_resize=self.alpha_resize, backend=self.backend
         ), alpha
 
     def track(
-        self,
-        parts: Parts,
-        tensors: Sequence[Tensor | None],
-        moments: Sequence[Moments],
-        statistics: Moments,
-        x: Tensor,
-        g: Tensor,
-        logits: Tensor,
+        self, parts: Parts, theta: Moments, phi: Moments, psi: Moments, g: Tensor, logits: Tensor
     ) -> None:
-        """Updates the running statistics of the batch norms on batch statistics."""
+        """Updates the running statistics of batch norms on batch statistics: from the mean and the biased
+        variance of theta and phi, the unbiased one of psi."""
         counts = logits.numel(), g.shape[0] * math.prod(g.shape[2:]), logits.numel()
-        with torch.no_grad():
-            for i, (name, n) in enumerate(zip(_NORMS, counts, strict=True)):
-                if self.norms[i] != "batch":
-                    continue
-                mean, var = statistics
-                if i < 2:
-                    mean, var = statistics_of_projection(*tensors[i * _TENSORS :][:2], *moments[i])
-                    var = var * (n / (n - 1))
-                track(getattr(parts, name), mean, var, n)
+        for i, (mean, var) in enumerate((theta, phi, psi)):
+            n = counts[i]
+            if self.norms[i] == "batch":
+                track(getattr(parts, _NORMS[i]), mean, var if i == 2 else var * (n / (n - 1)), n)
 
 
 def _kind(norm: nn.Module | None) -> str:
     if norm is None:
         return "none"
     return "frozen" if is_foldable(norm) else "batch" if takes(norm) else "other"
+
+
+def _layer(tensors: Sequence[Tensor | None], i: int) -> Sequence[Tensor | None]:
+    return tensors[i * _TENSORS : (i + 1) * _TENSORS]
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def rough_mean(x: Tensor, runs: int = 64, length: int = 16) -> Tensor:
+    """Means [C] of x, about: of `runs` runs of voxels spread over each sample, in the accumulation dtype.
+
+    Taken off x before it is multiplied, so that a mean far from zero costs no digits; exact it needn't be.
+    """
+    flat = x.flatten(2)
+    runs = max(1, min(runs, flat.shape[2] // length))
+    pitch = flat.shape[2] // runs
+    sample = flat[:, :, : runs * pitch].unflatten(2, (runs, pitch))[..., :length]
+    return sample.mean((0, 2, 3), dtype=accumulation_dtype(x))
 
 
 def statistics_of_projection(
@@ -302,68 +345,97 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: _Gate, parts: Parts, x: Tensor, g: Tensor, *tensors: Tensor | None) -> Any:
         with below_autograd():
-            moments = gate.moments(x, g)
-            centres = [mean if mean is None else mean.to(accumulation_dtype(x)) for mean, _ in moments]
-            weights = _arguments(x, gate.folded(tensors, moments, centres))
+            found = gate.statistics(tensors, x, g)
+            centres = [centre for centre, _, _ in found]
+            weights, biases = [], []
+            for i, statistics in enumerate((*found, (None, None, None))):
+                weight, norm, bias = gate.projection(i, tensors, statistics)
+                if norm is not None:
+                    weight, bias = weight * _column(norm[1], weight), summed(norm[0] * norm[1], bias)
+                weights.append(weight)
+                biases.append(bias)
+            arguments = _arguments(x, *weights, summed(*biases[:2]), biases[2])
             options = gate.stride, gate.phi_resize, gate.activation
-            logits = ops.attention_train_fwd(x, g, *centres, *weights, *options)
-            statistics = logits.new_zeros(1), logits.new_zeros(1)
-            alpha = gate.alpha(tensors, logits, statistics)
+            logits = ops.attention_train_fwd(x, g, *centres, *arguments, *options)
+            of_psi = logits.new_zeros(1), logits.new_zeros(1)
+            alpha = gate.alpha(tensors, logits, of_psi)
             y = ops.gate_apply_fwd(x, alpha, gate.alpha_resize)
-            gate.track(parts, tensors, moments, statistics, x, g, logits)
+            of_both = [_uncentred(*_layer(tensors, i)[:2], *found[i]) for i in range(2)]
+            gate.track(parts, *of_both, of_psi, g, logits)
         ctx.gate = gate
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, g, logits, *moments[0], *moments[1], *tensors)
+        ctx.save_for_backward(x, g, logits, *found[0], *found[1], *tensors)
         return y, alpha
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dalpha: Tensor | None) -> tuple[Tensor | None, ...]:
         gate, (need_x, need_g, *needs) = ctx.gate, ctx.needs_input_grad[2:]
-        x, g, logits, mean_x, cov_x, mean_g, cov_g, *tensors = ctx.saved_tensors
+        x, g, logits, *saved = ctx.saved_tensors
+        found, tensors = (saved[:3], saved[3:6]), saved[6:]
         with torch.autocast(x.device.type, enabled=False):
             if dy is None and dalpha is None:
                 return (None,) * (len(needs) + 4)
             if torch.is_grad_enabled():
                 return None, None, *_twin_gradients(gate, (dy, dalpha), x, g, tensors)
-            # The graph of the small tensors and of one channel, once more, from leaves of its own.
+            # The graph of folded norms and of one channel, once more, from leaves of its own.
             leaves = [_leaf(t, need) for t, need in zip(tensors, needs, strict=True)]
-            of_x, of_g = (
-                [_leaf(t, need_x) for t in (mean_x, cov_x)],
-                [_leaf(t, need_g) for t in (mean_g, cov_g)],
-            )
-            centres = [mean if mean is None else mean.to(accumulation_dtype(x)) for mean in (mean_x, mean_g)]
             level = _leaf(logits, True)
             with torch.enable_grad():
-                weights = _arguments(x, gate.folded(leaves, (of_x, of_g), centres))
+                layers = [gate.projection(i, leaves, found[i]) for i in range(2)]
+                psi, _, psi_bias = gate.projection(2, leaves, (None, None, None))
                 alpha = gate.alpha(leaves, level)
+                (theta, theta_norm, _), (phi, phi_norm, _) = layers
+                bias = summed(layers[0][2], layers[1][2])
+                weights = _arguments(x, theta, phi, psi, bias, psi_bias)
+                scales = [norm if norm is None else norm.to(weights[0].dtype) for norm in (theta_norm, phi_norm)]
             with below_autograd():
                 if dy is not None:
                     _, through_y = ops.gate_apply_bwd(dy, x, alpha.detach(), gate.alpha_resize, 2)
                     dalpha = through_y if dalpha is None else through_y + dalpha
                 torch.autograd.backward(alpha, dalpha)
-                wanted = [need_x, need_g, *[t is not None and t.requires_grad for t in weights]]
-                bits = sum(bool(want) << i for i, want in enumerate(wanted))
-                args = [t if t is None else t.detach() for t in weights[:4]]
+                inputs = [weights[0], weights[1], *scales, *weights[2:]]
+                wanted = [need_x, need_g, *[t is not None and t.requires_grad for t in inputs]]
+                args = [t if t is None else t.detach() for t in inputs[:-1]]
                 options = gate.stride, gate.phi_resize, gate.alpha_resize, gate.activation
-                dx, dg, *dweights = ops.attention_train_bwd(
-                    dy, level.grad, x, g, *centres, *args, alpha.detach(), *options, bits
-                )
-                pairs = [(w, d) for w, d, want in zip(weights, dweights, wanted[2:], strict=True) if want]
+                dx, dg, *found = ops.attention_train_bwd(
+                    dy, level.grad, x, g, found[0][0], found[1][0], *args, alpha.detach(), *options,
+                    sum(bool(want) << i for i, want in enumerate(wanted)),
+                )  # fmt: skip
+                # Statistics are constants of this graph: the kernels have seen to their part.
+                for i in range(2):
+                    if scales[i] is not None and wanted[4 + i]:
+                        found[2 + i] = torch.stack((torch.zeros_like(found[2 + i]), found[2 + i]))
+                pairs = [(t, d) for t, d, want in zip(inputs, found, wanted[2:], strict=True) if want]
                 if pairs:
                     torch.autograd.backward(*zip(*pairs, strict=True))
-                ones = [1] * len(gate.stride)
-                if need_x and mean_x is not None:
-                    ops.moments_add_bwd(dx, of_x[0].grad, of_x[1].grad, x, mean_x, gate.kernel, gate.stride)
-                if need_g and mean_g is not None:
-                    ops.moments_add_bwd(dg, of_g[0].grad, of_g[1].grad, g, mean_g, ones, ones)
         gradients = [t.grad if t is not None else None for t in leaves]
+        for i in range(2):  # a batch norm takes off what the bias of its projection adds
+            at = i * _TENSORS + 1
+            if gate.norms[i] == "batch" and leaves[at] is not None and needs[at]:
+                gradients[at] = torch.zeros_like(leaves[at])
         return None, None, dx if need_x else None, dg if need_g else None, *gradients
 
 
-def _arguments(x: Tensor, folded: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Folded weights in the operators' order and dtype."""
+def _uncentred(
+    weight: Tensor, bias: Tensor | None, centre: Tensor | None, mean: Tensor | None, var: Tensor | None
+) -> Moments:
+    """Mean and variance of the projection itself, of those less its centre."""
+    if centre is None:
+        return None, None
+    return summed(mean + weight.flatten(1).double() @ centre.double(), bias), var
+
+
+def _arguments(
+    x: Tensor,
+    theta: Tensor,
+    phi: Tensor,
+    psi: Tensor,
+    bias: Tensor | None,
+    psi_bias: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Weights in the operators' order and dtype."""
     dtype = accumulation_dtype(x)
-    theta, phi, psi, bias, psi_bias = (t if t is None else t.to(dtype) for t in folded)
+    theta, phi, psi, bias, psi_bias = (t if t is None else t.to(dtype) for t in (theta, phi, psi, bias, psi_bias))
     return theta, phi, bias, psi.reshape(-1), psi_bias
 
 

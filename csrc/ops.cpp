@@ -65,23 +65,23 @@ STABLE_TORCH_LIBRARY(attn_gate, m) {
       "moments_bwd(Tensor? dmean, Tensor? dcov, Tensor x, Tensor mean, int[] kernel, int[] stride, int "
       "needs) "
       "-> Tensor dx");
+  // The gate of batch norms in training mode. Projections of x - centre_x and g - centre_g; mean and variance of
+  // one; logits, of weights that the norms are folded into; everything that dlogits give, where dx starts from
+  // dy * resize(alpha), of weights divided by the deviation, and theta_norm and phi_norm [2, I], shift and
+  // scale, where the projection has a norm.
   m.def(
-      "moments_add_bwd(Tensor(a!) dx, Tensor? dmean, Tensor? dcov, Tensor x, Tensor mean, int[] kernel, "
-      "int[] stride) -> ()");
-  // The gate of batch norms in training mode: logits of x - centre_x and g - centre_g, and everything that
-  // dlogits give; dx starts from dy * resize(alpha).
+      "projection_statistics(Tensor x, Tensor theta_weight, Tensor? centre, int[] stride) "
+      "-> (Tensor mean, Tensor var)");
   m.def(
       "attention_train_fwd(Tensor x, Tensor g, Tensor? centre_x, Tensor? centre_g, Tensor theta_weight, "
-      "Tensor "
-      "phi_weight, Tensor? bias, Tensor psi_weight, Tensor? psi_bias, int[] stride, str phi_resize, str "
-      "activation) -> Tensor logits");
+      "Tensor phi_weight, Tensor? bias, Tensor psi_weight, Tensor? psi_bias, int[] stride, str phi_resize, "
+      "str activation) -> Tensor logits");
   m.def(
       "attention_train_bwd(Tensor? dy, Tensor dlogits, Tensor x, Tensor g, Tensor? centre_x, Tensor? "
-      "centre_g, "
-      "Tensor theta_weight, Tensor phi_weight, Tensor? bias, Tensor psi_weight, Tensor alpha, int[] stride, "
-      "str "
-      "phi_resize, str alpha_resize, str activation, int needs) -> (Tensor dx, Tensor dg, Tensor "
-      "dtheta_weight, Tensor dphi_weight, Tensor dbias, Tensor dpsi_weight, Tensor dpsi_bias)");
+      "centre_g, Tensor theta_weight, Tensor phi_weight, Tensor? theta_norm, Tensor? phi_norm, Tensor? bias, "
+      "Tensor psi_weight, Tensor alpha, int[] stride, str phi_resize, str alpha_resize, str activation, "
+      "int needs) -> (Tensor dx, Tensor dg, Tensor dtheta_weight, Tensor dphi_weight, Tensor dtheta_scale, "
+      "Tensor dphi_scale, Tensor dbias, Tensor dpsi_weight, Tensor dpsi_bias)");
   m.def("cpu_isa() -> str");
 }
 

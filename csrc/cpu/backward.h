@@ -8,13 +8,41 @@
 // Parameter gradients are summed per group of tiles; the groups depend on the problem alone, never on the
 // number of threads, and are added in order: the same bits from run to run.
 #pragma once
-#include "forward.h"
+#include "norms.h"
 
 namespace attn_gate::cpu {
 namespace {
 
-// Columns of the weight gradient that a panel covers: a multiple of kCols * lanes for every vector length.
+// Columns of the weight gradient that a panel covers at most: whole blocks of kCols vectors everywhere.
 constexpr int kPanel = 48;
+
+// Columns of each panel over `rows` rows of the input: whole vectors, and about as many in the last panel.
+inline int64_t panel_width(int64_t rows) {
+  const int64_t panels = (rows + kPanel - 1) / kPanel;
+  return panels > 0 ? round_up((rows + panels - 1) / panels, 16) : kPanel;
+}
+
+// A panel of the weight gradient, all of theta's or all of phi's: rows [row, row + rows) of the input [x; g],
+// padded to `width` columns, from column `at` on.
+struct Panel {
+  bool of_x;
+  int64_t row, rows, width, at;
+};
+template <class F>
+void for_weight_panels(const Problem& p, const Layout& layout, int64_t begin, int64_t end, F&& f) {
+  const int64_t wx = layout.panel_x, wg = layout.panel_g, of_x = layout.columns_x / wx;
+  for (int64_t u = begin; u < end; ++u) {
+    if (u < of_x) {
+      f(Panel{true, u * wx, smaller(wx, p.rows_x() - u * wx), wx, u * wx});
+    } else {
+      const int64_t k = (u - of_x) * wg;
+      f(Panel{false, p.rows_x() + k, smaller(wg, p.rows_g() - k), wg, layout.columns_x + k});
+    }
+  }
+}
+inline int64_t count_weight_panels(const Problem& p, const Layout& layout) {
+  return layout.columns_x / layout.panel_x + (p.rows_g() + layout.panel_g - 1) / layout.panel_g;
+}
 
 // dx or dg rows [k0, k0 + rows) of the tile: out[k][v] = init + (W^T ds)[k][v]. `out` may hold the initial
 // value.
@@ -54,34 +82,36 @@ inline int64_t tile_at(const Problem& p, int64_t ld, int64_t n, int64_t v) {
   return n * ((p.coarse.voxels() + ld - 1) / ld) + v / ld;
 }
 
-// panel[i * kPanel + r] = rows[r * ld + i], zeros behind the last row.
+// panel[i * width + r] = rows[r * ld + i], zeros behind the last row.
 template <class A>
-void turn_panel(const A* rows, int64_t ld, int64_t count, int64_t len, A* panel) {
-  transpose(rows, ld, count, len, panel, kPanel);
-  for (int64_t i = 0; count < kPanel && i < len; ++i)
-    for (int64_t r = count; r < kPanel; ++r) panel[i * kPanel + r] = A(0);
+void turn_panel(const A* rows, int64_t ld, int64_t count, int64_t width, int64_t len, A* panel) {
+  transpose(rows, ld, count, len, panel, width);
+  for (int64_t i = 0; count < width && i < len; ++i)
+    for (int64_t r = count; r < width; ++r) panel[i * width + r] = A(0);
 }
 
 // sums[i][r] (+)= sum over the tile's voxels of ds_i * panel_r: both operands are turned, so that the voxels
 // are the depth of the product.
 template <class A>
-void add_weights(const Problem& p, const A* ds_t, int64_t ld, const A* panel, int64_t rows, int64_t len,
+void add_weights(const Problem& p, const A* ds_t, int64_t ld, const A* panel, int64_t width, int64_t len,
                  bool first, A* sums) {
-  for (int64_t q = 0; q < rows; q += int64_t(kCols) * kLanes<A>)
+  for_panels<A>(width, [&](auto nv, int64_t q) {
+    constexpr int NV = decltype(nv)::value;
     for (int64_t i = 0; i < p.inter; i += kRows) {
       const int64_t block = i / kBlock<A> * kBlock<A>;
-      Vec<A> acc[kRows][kCols];
-      A* to = sums + i * kPanel + q;
+      Vec<A> acc[kRows][NV];
+      A* to = sums + i * width + q;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-        for (int j = 0; j < kCols; ++j) acc[r][j] = first ? Vec<A>{} : load(to + r * kPanel + j * kLanes<A>);
-      multiply<A, kCols>(ds_t + block * ld + (i - block), kBlock<A>, panel + q, kPanel, len, acc);
+        for (int j = 0; j < NV; ++j) acc[r][j] = first ? Vec<A>{} : load(to + r * width + j * kLanes<A>);
+      multiply<A, NV>(ds_t + block * ld + (i - block), kBlock<A>, panel + q, width, len, acc);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-        for (int j = 0; j < kCols; ++j) store(to + r * kPanel + j * kLanes<A>, acc[r][j]);
+        for (int j = 0; j < NV; ++j) store(to + r * width + j * kLanes<A>, acc[r][j]);
     }
+  });
 }
 
 // Panels [begin, end) of dW = ds [x; g]^T over all voxels, from ds as the tiles have left it. Each panel's
@@ -89,28 +119,26 @@ void add_weights(const Problem& p, const A* ds_t, int64_t ld, const A* panel, in
 template <class T>
 void weight_panels(const Problem& p, const Layout& layout, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const int64_t ld = layout.tile, K = p.depth(), Ip = layout.weight_rows, voxels = p.coarse.voxels(),
-                rows_x = p.rows_x(), taps = p.taps();
+  const int64_t ld = layout.tile, Ip = layout.weight_rows, voxels = p.coarse.voxels(), taps = p.taps();
   const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
                 flat = same_grid_patches(p.coarse);
   Buffer<A> rows(kPanel * ld), panel(kPanel * ld);
-  for (int64_t u = begin; u < end; ++u) {
-    const int64_t k0 = u * kPanel, k1 = smaller(k0 + kPanel, K), x1 = smaller(k1, rows_x);
+  for_weight_panels(p, layout, begin, end, [&](const Panel& u) {
+    const A* turned = static_cast<const A*>(p.turned) + (u.of_x ? 0 : layout.turned_g);
+    const int64_t k0 = u.of_x ? u.row / taps : u.row - p.rows_x(), count = u.of_x ? u.rows / taps : u.rows;
     bool first = true;
     for (int64_t n = 0; n < p.batch; ++n)
       for (int64_t v = 0; v < voxels; v += ld) {
-        const int64_t last = smaller(v + ld, voxels), from = k0 < rows_x ? 0 : k0 - rows_x;
-        if (k0 < x1) load_tile<T>(p.x, patches, n, v, last, k0 / taps, x1 / taps, static_cast<A*>(rows), ld);
-        if (k1 > rows_x)
-          load_tile<T>(p.g, flat, n, v, last, from, k1 - rows_x, rows + (k0 < x1 ? x1 - k0 : 0) * ld, ld);
-        centre_rows(p, k0, k1, last - v, ld, static_cast<A*>(rows));
-        turn_panel(static_cast<const A*>(rows), ld, k1 - k0, last - v, static_cast<A*>(panel));
-        add_weights<A>(p, static_cast<const A*>(p.turned) + tile_at(p, ld, n, v) * Ip * ld, ld,
-                       static_cast<const A*>(panel), k1 - k0, last - v, first,
-                       static_cast<A*>(p.partial) + k0 * Ip);
+        const int64_t last = smaller(v + ld, voxels);
+        load_tile<T>(u.of_x ? p.x : p.g, u.of_x ? patches : flat, n, v, last, k0, k0 + count,
+                     static_cast<A*>(rows), ld);
+        centre_rows(p, u.row, u.row + u.rows, last - v, ld, static_cast<A*>(rows));
+        turn_panel(static_cast<const A*>(rows), ld, u.rows, u.width, last - v, static_cast<A*>(panel));
+        add_weights<A>(p, turned + tile_at(p, ld, n, v) * Ip * ld, ld, static_cast<const A*>(panel), u.width,
+                       last - v, first, static_cast<A*>(p.partial) + u.at * Ip);
         first = false;
       }
-  }
+  });
 }
 
 template <class T>
@@ -128,11 +156,14 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
   Buffer<A> own_x(apply && same && !x_in_tile ? C * ld : 0);
   const bool weights = p.weight_grads && K > 0, apart = layout.weight_panels > 0;
   Buffer<A> own_ds_t(weights && !apart ? Ip * ld : 0), panel(weights && !apart ? kPanel * ld : 0),
-      lane_sums(2 * Ip * kLanes<A>);
-  A *bias_sums = lane_sums, *psi_sums = lane_sums + Ip * kLanes<A>;
-  std::memset(lane_sums, 0, size_t(2 * Ip * kLanes<A>) * sizeof(A));
+      lane_sums(4 * Ip * kLanes<A>), own_ds_g(p.norms ? Ip * ld : 0);
+  // Behind batch norms ds of theta and ds of phi differ.
+  A* ds_g = p.norms ? own_ds_g : ds;
+  A *bias_sums = lane_sums, *psi_sums = lane_sums + Ip * kLanes<A>, *scale_sums = psi_sums + Ip * kLanes<A>;
+  std::memset(lane_sums, 0, size_t(4 * Ip * kLanes<A>) * sizeof(A));
   A* sums = static_cast<A*>(p.partial) + layout.group_at + group * layout.partial_elements;
   A db = 0;
+  const int64_t panels = count_weight_panels(p, layout);
   A* x_rows = x_in_tile ? static_cast<A*>(work.input) : static_cast<A*>(own_x);
 
   for (int64_t v = v0; v < v1; v += ld) {
@@ -184,7 +215,10 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
 
     // s, ds and the sums over voxels
     Ahead ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
-    for_panels<A>(p.ds ? 0 : len, [&](auto nv, int64_t at) {
+    if (p.norms)
+      normed_rows(work, len, static_cast<const A*>(dlogit), static_cast<A*>(ds), ds_g, bias_sums, psi_sums,
+                  scale_sums, ahead);
+    for_panels<A>(p.ds || p.norms ? 0 : len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       for (int64_t i = 0; i < I; i += kRows) {
         Vec<A> acc[kRows][NV];
@@ -209,22 +243,30 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
     if (p.dtheta) store_tile<false, T>(p.dtheta, work.flat, n, v, end, static_cast<const A*>(ds), ld);
 
     // dW += ds [x; g]^T
-    if (weights) {
-      A* ds_t = own_ds_t;
-      if (apart) ds_t = static_cast<A*>(p.turned) + tile_at(p, ld, n, v) * Ip * ld;
+    const A* turned = nullptr;
+    auto turn = [&](const A* rows, int64_t of_g) {
+      A* to = apart ? static_cast<A*>(p.turned) + of_g + tile_at(p, ld, n, v) * Ip * ld
+                    : static_cast<A*>(own_ds_t);
       for (int64_t i = 0; i < Ip; i += kBlock<A>)
-        transpose(ds + i * ld, ld, kBlock<A>, len, ds_t + i * ld, kBlock<A>);
-      for (int64_t k = 0; k < K && !apart; k += kPanel) {
-        const int64_t rows = smaller(kPanel, K - k);
-        turn_panel(work.input + k * ld, ld, rows, len, static_cast<A*>(panel));
-        add_weights<A>(p, ds_t, ld, static_cast<const A*>(panel), rows, len, begin && v == v0, sums + k * Ip);
-      }
+        transpose(rows + i * ld, ld, kBlock<A>, len, to + i * ld, kBlock<A>);
+      turned = rows;
+    };
+    if (weights && apart) {
+      turn(ds, 0);
+      if (p.norms) turn(ds_g, layout.turned_g);
     }
+    for_weight_panels(p, layout, 0, weights && !apart ? panels : 0, [&](const Panel& u) {
+      const A* rows = u.of_x ? static_cast<const A*>(ds) : ds_g;
+      if (turned != rows) turn(rows, 0);
+      turn_panel(work.input + u.row * ld, ld, u.rows, u.width, len, static_cast<A*>(panel));
+      add_weights<A>(p, own_ds_t, ld, static_cast<const A*>(panel), u.width, len, begin && v == v0,
+                     sums + u.at * Ip);
+    });
 
     // dg, then dx: the tile's input rows are free now
     if (p.dg) {
       A* out = work.input + p.rows_x() * ld;
-      project_back<false>(work, static_cast<const A*>(ds), p.rows_x(), p.rows_g(), len, out);
+      project_back<false>(work, static_cast<const A*>(ds_g), p.rows_x(), p.rows_g(), len, out);
       store_tile<false, T>(p.dg, work.flat, n, v, end, static_cast<const A*>(out), ld);
     }
     if (p.dx) {
@@ -237,13 +279,19 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
       }
     }
   }
-  for (int64_t i = 0; i < I; ++i) {
-    A &bias = sums[layout.bias_at + i], &psi = sums[layout.psi_at + i];
-    bias = (begin ? A(0) : bias) + horizontal_sum<A>(load(bias_sums + i * kLanes<A>));
-    psi = (begin ? A(0) : psi) + horizontal_sum<A>(load(psi_sums + i * kLanes<A>));
-  }
-  A& psi_bias = sums[layout.psi_bias_at];
-  psi_bias = (begin ? A(0) : psi_bias) + db;
+  if (p.norms && !p.norm_sums) return;
+  auto leave = [&](const A* lanes, int64_t at) {
+    for (int64_t i = 0; i < I; ++i) {
+      const A sum = horizontal_sum<A>(load(lanes + i * kLanes<A>));
+      sums[at + i] = begin ? sum : sums[at + i] + sum;
+    }
+  };
+  leave(bias_sums, layout.bias_at);
+  leave(psi_sums, layout.psi_at);
+  sums[layout.psi_bias_at] = begin ? db : sums[layout.psi_bias_at] + db;
+  if (!p.norms) return;
+  leave(scale_sums, layout.scale_x_at);
+  leave(scale_sums + Ip * kLanes<A>, layout.scale_g_at);
 }
 
 template <class T>

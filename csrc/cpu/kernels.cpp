@@ -37,16 +37,20 @@ Layout layout_of(const Problem& p, bool backward) {
   const Packed<A> packed(p, backward);
   l.packed_elements = packed.elements();
   l.pack_units = packed.inter / kBlock<A> + (backward ? packed.depth / kBlock<A> : 0) + 1;
-  l.panel = kPanel;
   l.weight_rows = packed.inter;
-  const int64_t weight_elements = p.weight_grads ? packed.inter * round_up(p.depth(), kPanel) : 0;
+  l.panel_x = panel_width(p.rows_x());
+  l.panel_g = panel_width(p.rows_g());
+  l.columns_x = round_up(p.rows_x(), l.panel_x);
+  const int64_t columns = l.columns_x + round_up(p.rows_g(), l.panel_g);
+  const int64_t weight_elements = p.weight_grads ? packed.inter * columns : 0;
   const int64_t all_tiles = p.batch * ((voxels + l.tile - 1) / l.tile);
-  l.turned_elements = all_tiles * packed.inter * l.tile;
+  l.turned_g = p.norms ? all_tiles * packed.inter * l.tile : 0;
+  l.turned_elements = all_tiles * packed.inter * l.tile + l.turned_g;
   // Eight groups, the least there are, unless there are fewer tiles.
-  const bool apart =
-      backward && kPanel % p.taps() == 0 && l.turned_elements < (smaller(8, all_tiles) - 1) * weight_elements;
+  const bool apart = backward && l.panel_x % p.taps() == 0 &&
+                     l.turned_elements < (smaller(8, all_tiles) - 1) * weight_elements;
   if (apart) {
-    l.weight_panels = (p.depth() + kPanel - 1) / kPanel;
+    l.weight_panels = count_weight_panels(p, l);
     l.group_at = weight_elements;
   } else {
     l.turned_elements = 0;
@@ -54,7 +58,9 @@ Layout layout_of(const Problem& p, bool backward) {
   l.bias_at = apart ? 0 : weight_elements;
   l.psi_at = l.bias_at + packed.inter;
   l.psi_bias_at = l.psi_at + packed.inter;
-  l.partial_elements = round_up(l.psi_bias_at + 1, 16);
+  l.scale_x_at = l.psi_bias_at + 1;
+  l.scale_g_at = l.scale_x_at + packed.inter;
+  l.partial_elements = round_up(p.norms ? l.scale_g_at + packed.inter : l.scale_x_at, 16);
   return l;
 }
 
@@ -99,6 +105,11 @@ void reduce(const Problem& p, const Layout& l, int64_t groups, int64_t begin, in
                         : reduce_groups<float>(p, l, groups, begin, end);
 }
 
+void statistics(const Problem& p, const Layout& l, const Statistics& to, int64_t group, bool begin, int64_t n,
+                int64_t v0, int64_t v1) {
+  with_dtype(p.dtype, [&](auto t) { statistics_tiles<decltype(t)>(p, l, to, group, begin, n, v0, v1); });
+}
+
 // The tile, turned too, should stay in a core's L2; long tiles spread the cost of joining K * K sums.
 void moments_layout(Moments& p) {
   const int64_t size = p.dtype == DType::f64 ? 8 : 4, rows = p.rows() > 0 ? p.rows() : 1;
@@ -128,6 +139,7 @@ const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA) = {ATTN_GATE_STRING(ATTN_G
                                                          gather_dphi,
                                                          weights,
                                                          reduce,
+                                                         statistics,
                                                          moments_layout,
                                                          moments,
                                                          moments_join,

@@ -159,18 +159,6 @@ Tensor moments_bwd(const MaybeTensor& dmean, const MaybeTensor& dcov, const Tens
   return dx;
 }
 
-void moments_add_bwd(Tensor dx, const MaybeTensor& dmean, const MaybeTensor& dcov, const Tensor& x,
-                     const Tensor& mean, Ints kernel, Ints stride) {
-  MomentsCall call(x, kernel, stride);
-  check_map(dx, "dx", x);
-  STD_TORCH_CHECK(sizes_of(dx) == sizes_of(x) && storage_of(dx) != Storage::other,
-                  "attn_gate: dx must be x's ", shape_of(x), ", contiguous or channels last, got ",
-                  shape_of(dx));
-  call.p.dx = MomentsCall::map_over(dx);
-  call.p.add = true;
-  run_backward(call, dmean, dcov, mean);
-}
-
 }  // namespace
 }  // namespace attn_gate::cpu
 
@@ -178,5 +166,4 @@ STABLE_TORCH_LIBRARY_IMPL(attn_gate, CPU, m) {
   using namespace attn_gate::cpu;
   m.impl("moments_fwd", TORCH_BOX(&moments_fwd));
   m.impl("moments_bwd", TORCH_BOX(&moments_bwd));
-  m.impl("moments_add_bwd", TORCH_BOX(&moments_add_bwd));
 }

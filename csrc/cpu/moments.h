@@ -129,7 +129,7 @@ inline void moments_join_rows(const Moments& p, int64_t begin, int64_t end) {
   }
 }
 
-// dx (+)= slope (x - mean) + offset on coarse voxels [v0, v1) of sample n; slope in the micro-kernel's
+// dx = slope (x - mean) + offset on coarse voxels [v0, v1) of sample n; slope in the micro-kernel's
 // blocks.
 template <class T>
 void moments_backward_tiles(const Moments& p, int64_t n, int64_t v0, int64_t v1) {
@@ -144,7 +144,6 @@ void moments_backward_tiles(const Moments& p, int64_t n, int64_t v0, int64_t v1)
     load_tile<T>(p.x, patches, n, v, end, static_cast<A*>(rows), ld);
     Ahead ahead;
     ahead.add<T>(p.x, patches, n, end, smaller(end + ld, v1));
-    if (p.add) ahead.add<T>(p.dx, patches, n, v, end);
     const int64_t panels = (len + kCols * kLanes<A> - 1) / (kCols * kLanes<A>);
     ahead.over(panels * ((K + kRows - 1) / kRows) * ((K + kStep - 1) / kStep));
     for (int64_t k = 0; k < K; ++k)
@@ -169,11 +168,7 @@ void moments_backward_tiles(const Moments& p, int64_t n, int64_t v0, int64_t v1)
           for (int j = 0; j < NV; ++j) store(out + (i + r) * ld + at + j * kLanes<A>, acc[r][j]);
       }
     });
-    if (p.add) {
-      store_tile<true, T>(p.dx, patches, n, v, end, static_cast<const A*>(out), ld);
-    } else {
-      store_tile<false, T>(p.dx, patches, n, v, end, static_cast<const A*>(out), ld);
-    }
+    store_tile<false, T>(p.dx, patches, n, v, end, static_cast<const A*>(out), ld);
   }
 }
 

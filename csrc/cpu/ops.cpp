@@ -19,6 +19,7 @@ struct Call {
   Tensor like;  // x (or theta): dtype and device of all
   Tensor partial;
   std::vector<Tensor> held;
+  Ints coarse;  // R, without the batch and the channels
 
   Call(const Tensor& x, int64_t inter) : like(x) {
     STD_TORCH_CHECK(x.is_cpu(), "attn_gate: not a CPU tensor");
@@ -59,6 +60,35 @@ struct Call {
   void take_x(const Tensor& x) {
     p.x = input(x, "x");
     p.fine = p.x.grid;
+  }
+  // theta's weight, and the coarse grid that its patches make.
+  void take_theta(const Tensor& x, const Tensor& theta_weight, const Ints& stride) {
+    const int64_t dims = x.dim() - 2;
+    STD_TORCH_CHECK(theta_weight.dim() == x.dim() && int64_t(stride.size()) == dims,
+                    "attn_gate: theta_weight has shape ", shape_of(theta_weight), " and stride ",
+                    stride.size(), " values, which does not fit x ", shape_of(x));
+    Ints shape = sizes_of(theta_weight);
+    shape[1] = x.size(1);
+    p.theta_weight = hold(check_acc(theta_weight, "theta_weight", x, shape));
+    for (int64_t i = 0; i < dims; ++i) {
+      const int64_t k = theta_weight.size(i + 2), s = stride[size_t(i)], n = x.size(i + 2);
+      STD_TORCH_CHECK(k >= 1 && s >= k, "attn_gate: theta's kernel (", k,
+                      ") must not be larger than its stride (", s, ")");
+      STD_TORCH_CHECK(n >= k, "attn_gate: x has ", n, " voxels along an axis where theta's kernel takes ", k);
+      coarse.push_back((n - k) / s + 1);
+    }
+    auto as_grid = [&](auto&& at) {
+      Grid r;
+      r.w = at(dims - 1);
+      r.h = at(dims - 2);
+      r.d = dims == 3 ? at(0) : 1;
+      return r;
+    };
+    p.kernel = as_grid([&](int64_t i) { return theta_weight.size(i + 2); });
+    p.stride = as_grid([&](int64_t i) { return stride[size_t(i)]; });
+    if (dims == 2) p.stride.d = 1;
+    p.coarse = as_grid([&](int64_t i) { return coarse[size_t(i)]; });
+    p.project = true;
   }
   void take_psi(const Tensor& weight, const MaybeTensor& bias) {
     p.psi = hold(check_acc(weight, "psi_weight", like, {p.inter}));
@@ -119,6 +149,10 @@ struct Call {
   }
   // Parameter gradients are then read by sum().
   void backward(bool weight_grads) {
+    with_workspace(weight_grads, [&](int64_t groups) { run_backward(p, layout, groups); });
+  }
+  template <class F>
+  void with_workspace(bool weight_grads, F&& run) {
     p.weight_grads = weight_grads;
     layout = kernels().layout(p, true);
     const int64_t groups = empty() ? 1 : groups_of(p, layout);
@@ -131,7 +165,7 @@ struct Call {
     allocate_packed();
     Tensor turned = new_acc({layout.turned_elements});
     p.turned = turned.mutable_data_ptr();
-    run_backward(p, layout, groups);
+    run(groups);
     p.turned = nullptr;
   }
   // `count` elements of the sums from `at` on; empty where they aren't wanted.
@@ -141,17 +175,15 @@ struct Call {
     copy_sums(out, 0, layout.group_at + at, count);
     return out;
   }
-  // Columns [k0, k0 + columns) of the weight gradient.
-  Tensor weight_sum(bool wanted, int64_t k0, int64_t columns, const Ints& shape) const {
+  // The gradient of theta's weight, `columns` to a row, or of phi's.
+  Tensor weight_sum(bool wanted, bool of_x, int64_t columns, const Ints& shape) const {
     if (!wanted) return no_acc();
     Tensor out = new_acc(shape);
+    const int64_t first = of_x ? 0 : layout.columns_x, panel = of_x ? layout.panel_x : layout.panel_g;
     for (int64_t i = 0; i < p.inter; ++i)
-      for (int64_t k = k0; k < k0 + columns;) {
-        const int64_t inside = k % layout.panel, count = std::min(layout.panel - inside, k0 + columns - k);
-        copy_sums(out, i * columns + k - k0,
-                  (k / layout.panel * layout.weight_rows + i) * layout.panel + inside, count);
-        k += count;
-      }
+      for (int64_t k = 0; k < columns; k += panel)
+        copy_sums(out, i * columns + k, (first + k) * layout.weight_rows + i * panel,
+                  std::min(panel, columns - k));
     return out;
   }
   void copy_sums(const Tensor& out, int64_t to, int64_t from, int64_t count) const {
@@ -253,8 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gate_logits_bwd(const Tensor& dlogits
 // Both projections; where g's grid is not theta's, phi is made on g's grid first (I channels, not kept).
 struct Attention : Call {
   Tensor g, phi_weight, phi;
-  const void* centre_of_g = nullptr;
-  Ints coarse;  // R, without the batch and the channels
+  const void *centre_of_g = nullptr, *shift_of_g = nullptr;
 
   Attention(const Tensor& x, const Tensor& g_, const Tensor& theta_weight, const Tensor& phi_weight_,
             const MaybeTensor& bias, const Ints& stride, const std::string& phi_resize,
@@ -263,37 +294,14 @@ struct Attention : Call {
     const int64_t dims = x.dim() - 2;
     take_x(x);
     check_map(g, "g", x);
-    STD_TORCH_CHECK(theta_weight.dim() == x.dim() && int64_t(stride.size()) == dims,
-                    "attn_gate: theta_weight has shape ", shape_of(theta_weight), " and stride ",
-                    stride.size(), " values, which does not fit x ", shape_of(x));
-    Ints theta_shape = sizes_of(theta_weight), phi_shape{p.inter, g.size(1)};
-    theta_shape[1] = x.size(1);
+    take_theta(x, theta_weight, stride);
+    Ints phi_shape{p.inter, g.size(1)};
     phi_shape.resize(size_t(dims) + 2, 1);
-    p.theta_weight = hold(check_acc(theta_weight, "theta_weight", x, theta_shape));
     phi_weight = check_acc(phi_weight, "phi_weight", x, phi_shape);
     if (bias) p.bias = hold(check_acc(*bias, "bias", x, {p.inter}));
-    for (int64_t i = 0; i < dims; ++i) {
-      const int64_t k = theta_weight.size(i + 2), s = stride[size_t(i)], n = x.size(i + 2);
-      STD_TORCH_CHECK(k >= 1 && s >= k, "attn_gate: theta's kernel (", k,
-                      ") must not be larger than its stride (", s, ")");
-      STD_TORCH_CHECK(n >= k, "attn_gate: x has ", n, " voxels along an axis where theta's kernel takes ", k);
-      coarse.push_back((n - k) / s + 1);
-    }
-    auto as_grid = [&](auto&& at) {
-      Grid r;
-      r.w = at(dims - 1);
-      r.h = at(dims - 2);
-      r.d = dims == 3 ? at(0) : 1;
-      return r;
-    };
-    p.kernel = as_grid([&](int64_t i) { return theta_weight.size(i + 2); });
-    p.stride = as_grid([&](int64_t i) { return stride[size_t(i)]; });
-    if (dims == 2) p.stride.d = 1;
-    p.coarse = as_grid([&](int64_t i) { return coarse[size_t(i)]; });
     p.activation = activation_of(activation);
     p.phi_resize = resize_of(phi_resize, "phi_resize");
     check_resizable(grid_of(g), p.coarse, "g");
-    p.project = true;
   }
   bool phi_apart() const { return !(grid_of(g) == p.coarse); }
 
@@ -330,6 +338,8 @@ struct Attention : Call {
     q.phi_weight = apart.hold(phi_weight);
     q.g = apart.input(g, "g");
     q.centre_g = centre_of_g;
+    q.bias = shift_of_g;
+    q.norms = p.norms;
     return apart;
   }
   // Stored pre-activation, in x's dtype and layout; empty where it is recomputed.
@@ -362,8 +372,8 @@ struct Attention : Call {
       p.dtheta = output(ds);
     }
     backward(wants(needs, 2) || (need_phi && !apart));
-    const int64_t taps_x = p.rows_x(), G = g.size(1);
-    Tensor dtheta_weight = weight_sum(wants(needs, 2), 0, taps_x, weight_shape());
+    const int64_t G = g.size(1);
+    Tensor dtheta_weight = weight_sum(wants(needs, 2), true, p.rows_x(), weight_shape());
     Ints phi_shape = sizes_of(phi_weight);
     if (through_phi) {
       Tensor dphi = new_map(g, p.inter, grid_sizes(g));
@@ -377,9 +387,9 @@ struct Attention : Call {
       other.p.ds = other.input(dphi, "dphi");
       if (need_g) other.p.dg = other.output(dg);
       other.backward(need_phi);
-      dphi_weight = other.weight_sum(need_phi, 0, G, phi_shape);
+      dphi_weight = other.weight_sum(need_phi, false, G, phi_shape);
     } else if (!apart) {
-      dphi_weight = weight_sum(need_phi, taps_x, G, phi_shape);
+      dphi_weight = weight_sum(need_phi, false, G, phi_shape);
     }
     return {dx,
             dg,
@@ -470,19 +480,169 @@ Tensor attention_train_fwd(const Tensor& x, const Tensor& g, const MaybeTensor& 
   return logits;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_train_bwd(
+// The backward pass of a gate with batch norms on batch statistics behind its projections: norms.h.
+struct NormedAttention : Attention {
+  using Attention::Attention;
+  Tensor norms;
+  bool norm_x = false, norm_g = false;
+
+  int64_t pitch() const { return (p.inter + 15) / 16 * 16; }
+  // shift and scale [2, I] of each norm; without a norm the identity.
+  void take_norms(const MaybeTensor& theta_norm, const MaybeTensor& phi_norm) {
+    norm_x = theta_norm.has_value();
+    norm_g = phi_norm.has_value();
+    norms = new_acc({8, pitch()});
+    torch::stable::zero_(norms);
+    p.norms = norms.mutable_data_ptr();
+    const void* x = norm_x ? hold(check_acc(*theta_norm, "theta_norm", like, {2, p.inter})) : nullptr;
+    const void* g = norm_g ? hold(check_acc(*phi_norm, "phi_norm", like, {2, p.inter})) : nullptr;
+    p.dtype == DType::f64 ? copy_norms<double>(x, g) : copy_norms<float>(x, g);
+    const int64_t size = p.dtype == DType::f64 ? 8 : 4;
+    shift_of_g = static_cast<const char*>(p.norms) + 2 * pitch() * size;
+  }
+  template <class A>
+  void copy_norms(const void* x, const void* g) {
+    A* at = static_cast<A*>(p.norms);
+    for (const void* norm : {x, g}) {
+      const A* from = static_cast<const A*>(norm);
+      for (int64_t i = 0; i < p.inter; ++i) {
+        if (from) at[i] = from[i];
+        at[pitch() + i] = from ? from[p.inter + i] : A(1);
+      }
+      at += 2 * pitch();
+    }
+  }
+  // What the means of the first pass take off ds of the second.
+  template <class A>
+  void leave_slopes() {
+    A* at = static_cast<A*>(p.norms);
+    const A* sums = static_cast<const A*>(p.partial) + layout.group_at;
+    const A voxels = A(p.batch * p.coarse.voxels());
+    auto leave = [&](const A* scale, int64_t products, A* slope) {
+      for (int64_t i = 0; i < p.inter; ++i) {
+        slope[i] = -scale[i] * sums[products + i] / voxels;
+        slope[pitch() + i] = -scale[i] * sums[layout.bias_at + i] / voxels;
+      }
+    };
+    if (norm_x && p.uses_x()) leave(at + pitch(), layout.scale_x_at, at + 4 * pitch());
+    if (norm_g && p.g) leave(at + 3 * pitch(), layout.scale_g_at, at + 6 * pitch());
+  }
+  void two_passes(bool weight_grads) {
+    with_workspace(weight_grads, [&](int64_t groups) {
+      Problem sums = p;
+      sums.norm_sums = true;
+      sums.weight_grads = false;
+      sums.dy = sums.dx = sums.dg = Map();
+      sums.alpha = nullptr;
+      run_backward(sums, layout, groups);
+      p.dtheta = Map();
+      if (!p.dx && !p.dg && !p.weight_grads) return;
+      p.dtype == DType::f64 ? leave_slopes<double>() : leave_slopes<float>();
+      run_backward(p, layout, groups);
+    });
+  }
+
+  std::vector<Tensor> normed_gradients(int64_t needs) {
+    const bool apart = phi_apart(), need_x = wants(needs, 0), need_g = wants(needs, 1),
+               need_theta = wants(needs, 2), need_phi = wants(needs, 3);
+    const bool through_phi = apart && (need_g || need_phi || wants(needs, 5));
+    Tensor dx = like_if(need_x, like), dg = like_if(need_g, g);
+    if (need_x) {
+      if (!p.dy) torch::stable::zero_(dx);
+      p.dx = output(dx);
+    }
+    if (need_g && !apart) p.dg = output(dg);
+    if (through_phi) p.dtheta = output(new_map(like, p.inter, coarse));
+    const Map ds = p.dtheta;
+    two_passes(need_theta || (need_phi && !apart));
+    Ints phi_shape = sizes_of(phi_weight);
+    Tensor dphi_weight = no_acc(), dphi_scale = no_acc();
+    if (through_phi) {
+      NormedAttention other(*this);
+      static_cast<Attention&>(other) = only_phi();
+      Tensor dphi = new_map(g, p.inter, grid_sizes(g));
+      if (!empty()) {
+        p.dtheta = ds;
+        p.dphi = output(dphi);
+        run_gather_dphi(p);
+      } else {
+        torch::stable::zero_(dphi);
+      }
+      other.p.ds = other.input(dphi, "dphi");
+      if (need_g) other.p.dg = other.output(dg);
+      other.two_passes(need_phi);
+      dphi_weight = other.weight_sum(need_phi, false, g.size(1), phi_shape);
+      dphi_scale = other.sum(wants(needs, 5), other.layout.scale_g_at, p.inter);
+    } else if (!apart) {
+      dphi_weight = weight_sum(need_phi, false, g.size(1), phi_shape);
+      dphi_scale = sum(wants(needs, 5), layout.scale_g_at, p.inter);
+    }
+    return {dx,
+            dg,
+            weight_sum(need_theta, true, p.rows_x(), weight_shape()),
+            dphi_weight,
+            sum(wants(needs, 4), layout.scale_x_at, p.inter),
+            dphi_scale,
+            sum(wants(needs, 6), layout.bias_at, p.inter),
+            sum(wants(needs, 7), layout.psi_at, p.inter),
+            sum(wants(needs, 8), layout.psi_bias_at, 1)};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_train_bwd(
     const MaybeTensor& dy, const Tensor& dlogits, const Tensor& x, const Tensor& g,
     const MaybeTensor& centre_x, const MaybeTensor& centre_g, const Tensor& theta_weight,
-    const Tensor& phi_weight, const MaybeTensor& bias, const Tensor& psi_weight, const Tensor& alpha,
-    Ints stride, std::string phi_resize, std::string alpha_resize, std::string activation, int64_t needs) {
-  Attention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
+    const Tensor& phi_weight, const MaybeTensor& theta_norm, const MaybeTensor& phi_norm,
+    const MaybeTensor& bias, const Tensor& psi_weight, const Tensor& alpha, Ints stride,
+    std::string phi_resize, std::string alpha_resize, std::string activation, int64_t needs) {
+  NormedAttention call(x, g, theta_weight, phi_weight, bias, stride, phi_resize, activation);
   call.take_psi(psi_weight, std::nullopt);
   call.take_centres(centre_x, centre_g);
+  call.take_norms(theta_norm, phi_norm);
   call.take_g();
   call.take_alpha_mode(alpha_resize);
   call.take_alpha(alpha, call.coarse);
   call.take_gradients(dy, dlogits, alpha);
-  return call.gradients(needs);
+  auto d = call.normed_gradients(needs);
+  return {d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7], d[8]};
+}
+
+// Mean and biased variance of theta_weight (x - centre), in float64.
+std::tuple<Tensor, Tensor> projection_statistics(const Tensor& x, const Tensor& theta_weight,
+                                                 const MaybeTensor& centre, Ints stride) {
+  Call call(x, theta_weight.size(0));
+  Problem& p = call.p;
+  call.take_x(x);
+  call.take_theta(x, theta_weight, stride);
+  if (centre) p.centre_x = call.hold(check_acc(*centre, "centre", x, {p.rows_x()}));
+  STD_TORCH_CHECK(p.batch * p.coarse.voxels() > 0,
+                  "attn_gate: x has no voxels, of which there is no mean: ", shape_of(x));
+  Tensor zeros = call.new_acc({p.inter});
+  torch::stable::zero_(zeros);
+  p.psi = call.hold(zeros);  // packed, but not read
+  call.layout = kernels().layout(p, false);
+  call.allocate_packed();
+  const int64_t I = p.inter, tiles = tiles_of(p, call.layout);
+  Statistics to;
+  // By the problem alone, never by the number of threads: the same bits from run to run.
+  to.groups = std::min<int64_t>(tiles, 64);
+  auto doubles = [&](int64_t n) { return torch::stable::new_empty(x, Ints{n}, ScalarType::Double); };
+  Tensor state = doubles(to.groups * (1 + 2 * I)), mean = doubles(I), var = doubles(I);
+  to.state = static_cast<double*>(state.mutable_data_ptr());
+  run_statistics(p, call.layout, to);
+  double *m = static_cast<double*>(mean.mutable_data_ptr()), *s = static_cast<double*>(var.mutable_data_ptr());
+  for (int64_t i = 0; i < I; ++i) {
+    double count = 0;
+    for (int64_t g = 0; g < to.groups; ++g) {  // joined in order, by Chan's formula
+      const double *group = to.state + g * (1 + 2 * I), total = count + *group,
+                   shift = g ? group[1 + i] - m[i] : 0;
+      m[i] = g ? m[i] + shift * (*group / total) : group[1 + i];
+      s[i] = (g ? s[i] : 0) + group[1 + I + i] + shift * shift * (count * *group / total);
+      count = total;
+    }
+    s[i] = std::max(s[i], 0.0) / count;
+  }
+  return {mean, var};
 }
 
 // -------------------------------------------------------------------------------------------- gate_apply
@@ -538,6 +698,7 @@ STABLE_TORCH_LIBRARY_IMPL(attn_gate, CPU, m) {
   m.impl("attention_gate_bwd", TORCH_BOX(&attention_gate_bwd));
   m.impl("attention_train_fwd", TORCH_BOX(&attention_train_fwd));
   m.impl("attention_train_bwd", TORCH_BOX(&attention_train_bwd));
+  m.impl("projection_statistics", TORCH_BOX(&projection_statistics));
   m.impl("attention_logits_fwd", TORCH_BOX(&attention_logits_fwd));
   m.impl("attention_logits_bwd", TORCH_BOX(&attention_logits_bwd));
   m.impl("gate_apply_fwd", TORCH_BOX(&gate_apply_fwd));

@@ -41,6 +41,9 @@ struct Problem {
   Map x, g;  // grids S and R
   // What is taken off the rows of [patches(x); g] before they are multiplied, or null: [C * taps], [G]
   const void *centre_x = nullptr, *centre_g = nullptr;
+  // Backward of batch norms on batch statistics behind the projections: what norms.h says, or null
+  void* norms = nullptr;
+  bool norm_sums = false;  // the first of the two passes, which only sums
   Map theta, phi;         // grids R and Q
   Map preact;             // forward: where to store s (or absent); backward: s as stored
   Map y;                  // forward out; absent: stop at the logits
@@ -74,6 +77,12 @@ struct Problem {
   ATTN_GATE_INLINE bool same_grid() const { return fine == coarse; }
 };
 
+// Mean and variance of what a projection makes of x's patches, in double.
+struct Statistics {
+  int64_t groups = 0;       // independent partial sums
+  double* state = nullptr;  // [groups][1 + 2 * I]: the number of voxels, means, sums of squares about them
+};
+
 // Mean and covariance of x's patches (K = channels * taps), in double whatever the map.
 struct Moments {
   DType dtype = DType::f32;
@@ -84,11 +93,10 @@ struct Moments {
   int64_t groups = 0;                                        // independent partial sums
   double *state = nullptr, *mean = nullptr, *cov = nullptr;  // [groups, state_elements], [K], [K, K]
 
-  // backward: dx (+)= slope (x - centre) + offset
+  // backward: dx = slope (x - centre) + offset
   const void *slope = nullptr, *centre = nullptr,
              *offset = nullptr;  // [blocks][K][block], [K], [blocks * block]
   Map dx;
-  bool add = false;  // onto what dx holds
 
   ATTN_GATE_INLINE int64_t rows() const { return x.channels * kernel.voxels(); }
   ATTN_GATE_INLINE int64_t state_elements() const { return 1 + rows() + rows() * rows(); }
@@ -99,14 +107,16 @@ struct Layout {
   int64_t tile = 0;             // coarse voxels a tile
   int64_t packed_elements = 0;  // of `packed`
   int64_t pack_units = 0;       // independent pieces of the packing
-  // A group's sums: the weight gradient [I, K] in panels of `panel` columns, [K / panel][weight_rows][panel],
-  // then d_bias [I], d_psi [I] and d_psi_bias [1].
-  int64_t panel = 0, weight_rows = 0;
+  // A group's sums: theta's weight gradient [I, C * taps] in panels of panel_x columns, [panels][weight_rows]
+  // [panel_x], then phi's, from column columns_x on, then d_bias [I], d_psi [I], d_psi_bias [1], and of batch
+  // norms the gradients of theta's scale [I] and of phi's.
+  int64_t panel_x = 0, panel_g = 0, columns_x = 0, weight_rows = 0;
   // Where the sums of all groups would outgrow ds: it is kept, [tiles][I][tile] turned, and the weight
   // gradient is a pass of its own over `weight_panels` independent panels, after the tiles; its only sums
   // then come first in `partial`, before group 0.
-  int64_t weight_panels = 0, turned_elements = 0, group_at = 0;
-  int64_t bias_at = 0, psi_at = 0, psi_bias_at = 0;
+  // Batch norms have two of them, theta's and, turned_g behind it, phi's.
+  int64_t weight_panels = 0, turned_elements = 0, turned_g = 0, group_at = 0;
+  int64_t bias_at = 0, psi_at = 0, psi_bias_at = 0, scale_x_at = 0, scale_g_at = 0;
   int64_t partial_elements = 0;
 };
 
@@ -129,10 +139,14 @@ struct Kernels {
   void (*gather_dalpha)(const Problem&, int64_t n, int64_t v0, int64_t v1);
   // Rows of the gating grid: dphi = resize^T(dtheta), all channels.
   void (*gather_dphi)(const Problem&, int64_t n, int64_t r0, int64_t r1);
-  // Panels [begin, end) of the weight gradient.
+  // Panels [begin, end) of the weight gradients.
   void (*weights)(const Problem&, const Layout&, int64_t begin, int64_t end);
   // Elements [begin, end) of a group: the sum over groups, in order, left in group 0.
   void (*reduce)(const Problem&, const Layout&, int64_t groups, int64_t begin, int64_t end);
+
+  // Coarse voxels [v0, v1) of sample n: theta's mean and variance join those of `group`, or begin them.
+  void (*statistics)(const Problem&, const Layout&, const Statistics&, int64_t group, bool begin, int64_t n,
+                     int64_t v0, int64_t v1);
 
   // Fills in tile and block.
   void (*moments_layout)(Moments&);

@@ -168,10 +168,31 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
       }
     });
   }
-  parallel(0, layout.weight_panels, [&](int64_t b, int64_t e) { k.weights(p, layout, b, e); });
+  if (p.weight_grads)
+    parallel(0, layout.weight_panels, [&](int64_t b, int64_t e) { k.weights(p, layout, b, e); });
+  // Of batch norms the first pass leaves all sums but those of the weights, the second one these.
   constexpr int64_t piece = 4096;
-  parallel(0, (layout.partial_elements + piece - 1) / piece, [&](int64_t b, int64_t e) {
-    k.reduce(p, layout, groups, b * piece, std::min(e * piece, layout.partial_elements));
+  const int64_t first = p.norm_sums ? layout.bias_at : 0,
+                last = p.norms && !p.norm_sums ? layout.bias_at : layout.partial_elements;
+  parallel(0, (last - first + piece - 1) / piece, [&](int64_t b, int64_t e) {
+    k.reduce(p, layout, groups, first + b * piece, std::min(first + e * piece, last));
+  });
+}
+
+void run_statistics(const Problem& p, const Layout& layout, const Statistics& to) {
+  const Kernels& k = kernels();
+  parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, false, b, e); });
+  const Pieces pieces(p, layout.tile);
+  const int64_t tiles = tiles_of(p, layout);
+  parallel(0, to.groups, [&](int64_t b, int64_t e) {
+    for (int64_t g = b; g < e; ++g) {
+      bool first = true;
+      pieces.for_runs(tiles * g / to.groups, tiles * (g + 1) / to.groups,
+                      [&](int64_t n, int64_t v0, int64_t v1) {
+                        k.statistics(p, layout, to, g, first, n, v0, v1);
+                        first = false;
+                      });
+    }
   });
 }
 

@@ -8,6 +8,8 @@ void run_forward(Problem p);
 void run_apply(const Problem& p);
 // The parameter gradients then lie in group 0 of p.partial, where the layout says.
 void run_backward(Problem p, const Layout& layout, int64_t groups);
+// The statistics of theta, in to.groups parts.
+void run_statistics(const Problem& p, const Layout& layout, const Statistics& to);
 void run_apply_backward(const Problem& p);
 void run_gather_dphi(const Problem& p);
 

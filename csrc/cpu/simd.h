@@ -208,13 +208,14 @@ inline __attribute__((always_inline)) void multiply_loading_pairs(const A* a, in
   multiply_step<A, NV>(a + lda, odd, acc);
 }
 
-// Calls f(vectors, v) for panels of kCols vectors (the last one narrower) that cover `width` voxels.
+// Calls f(vectors, v) for panels of kCols vectors (the last ones narrower) that cover `width` voxels.
 template <class A, class F>
 inline void for_panels(int64_t width, F&& f) {
   static_assert(kCols == 3);
   int64_t v = 0, vectors = (width + kLanes<A> - 1) / kLanes<A>;
-  for (; vectors >= kCols; vectors -= kCols, v += kCols * kLanes<A>) f(std::integral_constant<int, 3>{}, v);
-  if (vectors == 2) f(std::integral_constant<int, 2>{}, v);
+  for (; vectors > 4 || vectors == 3; vectors -= 3, v += 3 * kLanes<A>)
+    f(std::integral_constant<int, 3>{}, v);
+  for (; vectors > 1; vectors -= 2, v += 2 * kLanes<A>) f(std::integral_constant<int, 2>{}, v);
   if (vectors == 1) f(std::integral_constant<int, 1>{}, v);
 }
 
