@@ -65,10 +65,10 @@ STABLE_TORCH_LIBRARY(attn_gate, m) {
       "moments_bwd(Tensor? dmean, Tensor? dcov, Tensor x, Tensor mean, int[] kernel, int[] stride, int "
       "needs) "
       "-> Tensor dx");
-  // The gate of batch norms in training mode. Projections of x - centre_x and g - centre_g; mean and variance of
-  // one; logits, of weights that the norms are folded into; everything that dlogits give, where dx starts from
-  // dy * resize(alpha), of weights divided by the deviation, and theta_norm and phi_norm [2, I], shift and
-  // scale, where the projection has a norm.
+  // The gate of batch norms in training mode. Projections of x - centre_x and g - centre_g; mean and variance
+  // of one; logits, of weights that the norms are folded into; everything that dlogits give, where dx starts
+  // from dy * resize(alpha), of weights divided by the deviation, and theta_norm and phi_norm [2, I], shift
+  // and scale, where the projection has a norm.
   m.def(
       "projection_statistics(Tensor x, Tensor theta_weight, Tensor? centre, int[] stride) "
       "-> (Tensor mean, Tensor var)");

@@ -358,6 +358,10 @@ def test_bad_arguments_of_moments(x, kernel, stride, text):
 def test_raw_operators_check_what_reaches_memory():
     ops, x = torch.ops.attn_gate, torch.randn(1, 3, 4, 4)
     mean, cov = ops.moments_fwd(x, [1, 1], [1, 1])
+    channel, weight = torch.randn(1, 1, 4, 4), torch.randn(2, 3, 1, 1)
+    train = [x, channel, x, x, None, None, weight, weight, None, None, None, weight[:, 0, 0, 0], channel]
+    train += [[1, 1], "linear", "linear", "relu", 511]
+    ops.attention_train_bwd(*train)
     for call in (
         lambda: ops.moments_fwd(x, [1], [1, 1]),
         lambda: ops.moments_fwd(x, [2, 2], [1, 1]),
@@ -365,8 +369,13 @@ def test_raw_operators_check_what_reaches_memory():
         lambda: ops.moments_bwd(mean, cov[:2], x, mean, [1, 1], [1, 1], 1),
         lambda: ops.moments_bwd(mean, cov.float(), x, mean, [1, 1], [1, 1], 1),
         lambda: ops.moments_bwd(mean, cov, x, mean[:2], [1, 1], [1, 1], 1),
-        lambda: ops.moments_add_bwd(x[:, :2].clone(), mean, cov, x, mean, [1, 1], [1, 1]),
-        lambda: ops.moments_add_bwd(x.mT, mean, cov, x, mean, [1, 1], [1, 1]),
+        lambda: ops.projection_statistics(x, torch.randn(2, 4, 1, 1), None, [1, 1]),
+        lambda: ops.projection_statistics(x, torch.randn(2, 3, 2, 2), None, [1, 1]),
+        lambda: ops.projection_statistics(x, torch.randn(2, 3, 1, 1), torch.randn(4), [1, 1]),
+        lambda: ops.projection_statistics(x[:0], torch.randn(2, 3, 1, 1), None, [1, 1]),
+        lambda: ops.attention_train_bwd(*train[:8], torch.randn(2, 3), *train[9:]),
+        lambda: ops.attention_train_bwd(*train[:8], None, torch.randn(1, 2), *train[10:]),
+        lambda: ops.attention_train_bwd(*train[:4], torch.randn(4), *train[5:]),
     ):
         with pytest.raises(RuntimeError, match="attn_gate: "):
             call()

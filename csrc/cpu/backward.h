@@ -77,6 +77,50 @@ void project_back(const Worker<T>& work, const A* ds, int64_t k0, int64_t rows, 
   });
 }
 
+// The same for a map whose voxels lie side by side as in a tile, straight to memory: rows [k0, k0 + rows) are
+// its channels, and dy * alpha, if there is a dy, is added on the way.
+template <class T, class A>
+void project_back_to(const Worker<T>& work, const A* ds, int64_t k0, const Map& out, const Map& dy,
+                     const A* alpha, int64_t n, int64_t v, int64_t len) {
+  const int64_t ld = work.ld, I = work.p.inter, pitch = out.grid.voxels(), rows = out.channels;
+  T* const to = sample_of<T>(out, n) + v;
+  const T* const from = dy ? sample_of<T>(dy, n) + v : nullptr;
+  for (int64_t k = 0; k < rows; k += kRows) {
+    const int some = int(smaller(kRows, rows - k));
+    const int64_t row = k0 + k, block = row / kBlock<A> * kBlock<A>;
+    for_panels<A>(len, [&](auto nv, int64_t at) {
+      constexpr int NV = decltype(nv)::value;
+      // Stores to lines that are still on their way would hold up the arithmetic.
+      for (int r = 0; r < some; ++r)
+        for (int64_t i = 0; i < NV * kLanes<A>; i += int64_t(64 / sizeof(T))) {
+          __builtin_prefetch(to + (k + r) * pitch + at + i, 1, 3);
+          if (from) __builtin_prefetch(from + (k + r) * pitch + at + i, 0, 3);
+        }
+      Vec<A> acc[kRows][NV] = {};
+      multiply<A, NV>(work.packed.backward + block * I + (row - block), kBlock<A>, ds + at, ld, I, acc);
+      const bool whole = at + NV * kLanes<A> <= len;
+      for (int r = 0; r < some; ++r) {
+        const int64_t first = (k + r) * pitch + at;
+        for (int j = 0; whole && j < NV; ++j) {
+          const int64_t i = first + j * kLanes<A>;
+          const Vec<A> sum = acc[r][j];
+          store_as<A>(to + i, from ? sum + load_as<A>(from + i) * load(alpha + at + j * kLanes<A>) : sum);
+        }
+        if (whole) continue;
+        A sums[NV * kLanes<A>];
+        std::memcpy(sums, acc[r], sizeof sums);
+        for (int64_t i = 0; i < len - at; ++i)
+          to[first + i] = from_acc<T>(sums[i] + (from ? to_acc(from[first + i]) * alpha[at + i] : A(0)));
+      }
+    });
+  }
+}
+// Whether `out` is such a map, and its rows of W^T lie in whole blocks from row k0 on.
+template <class T>
+bool in_rows(const Worker<T>& work, const Map& out, int64_t k0) {
+  return !out.channels_last && work.p.taps() == 1 && out.grid == work.p.coarse && k0 % kRows == 0;
+}
+
 // Where the tile from voxel v of sample n on comes among all tiles.
 inline int64_t tile_at(const Problem& p, int64_t ld, int64_t n, int64_t v) {
   return n * ((p.coarse.voxels() + ld - 1) / ld) + v / ld;
@@ -152,7 +196,12 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
   const bool x_in_tile = p.uses_x();
   std::optional<Resizer<A>> alpha_resize;
   if (apply && !same && p.dfine) alpha_resize.emplace(p.alpha_resize, p.coarse, p.fine, true);
-  Buffer<A> alpha(ld), dlogit(ld), line(p.fine.w), ds(Ip * ld), dy(apply && same ? C * ld : 0);
+  const bool direct_dx =
+      p.dx && p.uses_x() && in_rows(work, p.dx, 0) && !(apply && (!same || p.dy.channels_last));
+  const bool direct_dg = p.dg && in_rows(work, p.dg, p.rows_x());
+  // Then dy is read where it lies; else a tile of it becomes one of dx.
+  const bool dy_in_tile = apply && same && (p.dy.channels_last || (p.dx && !direct_dx));
+  Buffer<A> alpha(ld), dlogit(ld), line(p.fine.w), ds(Ip * ld), dy(dy_in_tile ? C * ld : 0);
   Buffer<A> own_x(apply && same && !x_in_tile ? C * ld : 0);
   const bool weights = p.weight_grads && K > 0, apart = layout.weight_panels > 0;
   Buffer<A> own_ds_t(weights && !apart ? Ip * ld : 0), panel(weights && !apart ? kPanel * ld : 0),
@@ -168,7 +217,10 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
 
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v, padded = round_up(len, kLanes<A>);
-    work.load_input(n, v, end);
+    // Behind norms x and g are first needed by a product, which loads them where it can.
+    work.for_parts([&](const Part& part) {
+      if (!p.norms || !work.loads(part)) work.load_part(part, n, v, end);
+    });
     work.load_given(n, v, end);
 
     if (p.ds) {
@@ -186,9 +238,13 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
     }
     if (apply) {
       if (same) {
-        load_tile<T>(p.dy, work.flat, n, v, end, static_cast<A*>(dy), ld);
         if (!x_in_tile) load_tile<T>(p.x, work.flat, n, v, end, x_rows, ld);
-        for (int64_t i = 0; i < padded; i += kLanes<A>) {
+        if (dy_in_tile) load_tile<T>(p.dy, work.flat, n, v, end, static_cast<A*>(dy), ld);
+        for (int64_t c = 0; !dy_in_tile && p.through_sigmoid && c < C; ++c) {
+          const T* from = sample_of<T>(p.dy, n) + c * voxels + v;
+          for (int64_t i = 0; i < len; ++i) dlogit[i] += to_acc(from[i]) * x_rows[c * ld + i];
+        }
+        for (int64_t i = 0; dy_in_tile && i < padded; i += kLanes<A>) {
           const Vec<A> a = load(alpha + i);
           Vec<A> dot = load(dlogit + i);
           for (int64_t c = 0; c < C; ++c) {
@@ -216,8 +272,8 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
     // s, ds and the sums over voxels
     Ahead ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
     if (p.norms)
-      normed_rows(work, len, static_cast<const A*>(dlogit), static_cast<A*>(ds), ds_g, bias_sums, psi_sums,
-                  scale_sums, ahead);
+      normed_rows(work, n, v, len, static_cast<const A*>(dlogit), static_cast<A*>(ds), ds_g, bias_sums,
+                  psi_sums, scale_sums, ahead);
     for_panels<A>(p.ds || p.norms ? 0 : len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       for (int64_t i = 0; i < I; i += kRows) {
@@ -264,12 +320,16 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
     });
 
     // dg, then dx: the tile's input rows are free now
-    if (p.dg) {
+    if (direct_dg) {
+      project_back_to<T, A>(work, ds_g, p.rows_x(), p.dg, Map(), nullptr, n, v, len);
+    } else if (p.dg) {
       A* out = work.input + p.rows_x() * ld;
       project_back<false>(work, static_cast<const A*>(ds_g), p.rows_x(), p.rows_g(), len, out);
       store_tile<false, T>(p.dg, work.flat, n, v, end, static_cast<const A*>(out), ld);
     }
-    if (p.dx) {
+    if (direct_dx) {
+      project_back_to<T, A>(work, ds, 0, p.dx, p.dy, alpha, n, v, len);
+    } else if (p.dx) {
       if (apply && same) {
         if (p.uses_x()) project_back<true>(work, static_cast<const A*>(ds), 0, C, len, static_cast<A*>(dy));
         store_tile<false, T>(p.dx, work.flat, n, v, end, static_cast<const A*>(dy), ld);

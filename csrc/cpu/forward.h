@@ -101,7 +101,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     const int64_t end = smaller(v + ld, v1), len = end - v;
     work.load_given(n, v, end);
     work.for_parts([&](const Part& part) {
-      if (!work.in_rows(part) && !work.in_pairs(part)) work.load_part(part, n, v, end);
+      if (!work.loads(part)) work.load_part(part, n, v, end);
     });
     aside.ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
 

@@ -21,7 +21,8 @@ struct Norms {
   explicit Norms(const Problem& p) {
     const A* at = static_cast<const A*>(p.norms);
     const int64_t inter = round_up(p.inter, 16);
-    for (const A** member : {&shift_x, &scale_x, &shift_g, &scale_g, &slope_x, &offset_x, &slope_g, &offset_g})
+    for (const A** member :
+         {&shift_x, &scale_x, &shift_g, &scale_g, &slope_x, &offset_x, &slope_g, &offset_g})
       *member = at, at += inter;
   }
 };
@@ -29,8 +30,8 @@ struct Norms {
 // theta and phi of a tile's voxels, and from them what the pass wants. norm_sums: ds into `ds`, and sums by
 // lanes of ds, of dlogit * q, and of ds * theta and ds * phi. Else ds_x over ds, and ds_g.
 template <class T, class A>
-void normed_rows(Worker<T>& work, int64_t len, const A* dlogit, A* ds, A* ds_g, A* bias_sums, A* psi_sums,
-                 A* scale_sums, Ahead& ahead) {
+void normed_rows(Worker<T>& work, int64_t n, int64_t v0, int64_t len, const A* dlogit, A* ds, A* ds_g,
+                 A* bias_sums, A* psi_sums, A* scale_sums, Ahead& ahead) {
   const Problem& p = work.p;
   const int64_t ld = work.ld;
   const Norms<A> norms(p);
@@ -47,8 +48,9 @@ void normed_rows(Worker<T>& work, int64_t len, const A* dlogit, A* ds, A* ds_g, 
           phi[r][j] = work.has_given ? load(work.given + (i + r) * ld + at + j * kLanes<A>)
                                      : splat(norms.shift_g[i + r]);
         }
-      if (p.uses_x()) work.template product<NV>(i, at, 0, p.rows_x(), theta, ahead);
-      if (p.g) work.template product<NV>(i, at, p.rows_x(), p.rows_g(), phi, ahead);
+      work.for_parts([&](const Part& part) {
+        work.template loading_product<NV>(part, n, v0, len, i, at, part.of_x ? theta : phi, ahead);
+      });
       for (int r = 0; r < kRows; ++r) {
         const int64_t row = i + r;
         Vec<A> sums[4] = {};
@@ -76,8 +78,7 @@ void normed_rows(Worker<T>& work, int64_t len, const A* dlogit, A* ds, A* ds_g, 
         }
         if (!p.norm_sums) continue;
         A* to[4] = {bias_sums, psi_sums, scale_sums, scale_g_sums};
-        for (int k = 0; k < 4; ++k)
-          store(to[k] + row * kLanes<A>, load(to[k] + row * kLanes<A>) + sums[k]);
+        for (int k = 0; k < 4; ++k) store(to[k] + row * kLanes<A>, load(to[k] + row * kLanes<A>) + sums[k]);
       }
     }
   });
@@ -114,14 +115,15 @@ void statistics_tiles(const Problem& p, const Layout& layout, const Statistics& 
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v;
     for (int64_t i = 0; i < ld; ++i) inside[i] = A(i < len);
-    work.load_input(n, v, end);
+    const Part part = work.part_of_x();
+    if (!work.loads(part)) work.load_part(part, n, v, end);
     Ahead ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       const bool first = held == 0 && at == 0;
       for (int64_t i = 0; i < I; i += kRows) {
         Vec<A> acc[kRows][NV] = {};
-        work.template product<NV>(i, at, 0, p.rows_x(), acc, ahead);
+        work.template loading_product<NV>(part, n, v, len, i, at, acc, ahead);
         for (int r = 0; r < kRows; ++r) {
           A* sum = sums + 2 * (i + r) * kLanes<A>;
           if (first) {

@@ -630,7 +630,8 @@ std::tuple<Tensor, Tensor> projection_statistics(const Tensor& x, const Tensor& 
   Tensor state = doubles(to.groups * (1 + 2 * I)), mean = doubles(I), var = doubles(I);
   to.state = static_cast<double*>(state.mutable_data_ptr());
   run_statistics(p, call.layout, to);
-  double *m = static_cast<double*>(mean.mutable_data_ptr()), *s = static_cast<double*>(var.mutable_data_ptr());
+  double *m = static_cast<double*>(mean.mutable_data_ptr()),
+         *s = static_cast<double*>(var.mutable_data_ptr());
   for (int64_t i = 0; i < I; ++i) {
     double count = 0;
     for (int64_t g = 0; g < to.groups; ++g) {  // joined in order, by Chan's formula

@@ -86,7 +86,7 @@ void centre_rows(const Problem& p, int64_t k0, int64_t k1, int64_t len, int64_t 
 struct Part {
   const Map& map;
   const Patches& patches;
-  bool centred;
+  bool of_x, centred;
   int64_t k0, rows;
 };
 
@@ -119,9 +119,10 @@ struct Worker {
 
   template <class F>
   void for_parts(F&& f) const {
-    if (p.uses_x()) f(Part{p.x, patches, p.centre_x != nullptr, 0, p.rows_x()});
-    if (p.g) f(Part{p.g, flat, p.centre_g != nullptr, p.rows_x(), p.rows_g()});
+    if (p.uses_x()) f(part_of_x());
+    if (p.g) f(Part{p.g, flat, false, p.centre_g != nullptr, p.rows_x(), p.rows_g()});
   }
+  Part part_of_x() const { return {p.x, patches, true, p.centre_x != nullptr, 0, p.rows_x()}; }
   void load_part(const Part& part, int64_t n, int64_t v0, int64_t v1) {
     A* to = rows + part.k0 * ld;
     load_tile<T>(part.map, part.patches, n, v0, v1, to, ld);
@@ -196,6 +197,7 @@ struct Worker {
     return p.hides_memory() && !part.map.channels_last && !part.centred && part.patches.kernel.w == 2 &&
            part.patches.stride.w == 2 && part.patches.coarse.w % kLanes<A> == 0;
   }
+  bool loads(const Part& part) const { return in_rows(part) || in_pairs(part); }
   // The product of W's first rows with a part, whose rows are in the tile from then on: NV vectors of voxels
   // from voxel v0 + v of sample n on, of a tile of `len` voxels.
   template <int NV, class Aside>
@@ -236,6 +238,14 @@ struct Worker {
       }
     }
     copy<A, NV>(sums, acc);
+  }
+  // The product of W's rows [i, i + kRows) with a part, which the first ones load.
+  template <int NV, class Aside>
+  inline __attribute__((always_inline)) void loading_product(const Part& part, int64_t n, int64_t v0,
+                                                             int64_t len, int64_t i, int64_t v,
+                                                             Vec<A> (&acc)[kRows][NV], Aside& aside) {
+    if (i) return product<NV>(i, v, part.k0, part.rows, acc, aside);
+    first_product<NV>(part, n, v0, len, v, acc, aside);
   }
   template <int NV>
   inline __attribute__((always_inline)) void begin_with_bias(int64_t i, Vec<A> (&acc)[kRows][NV]) const {

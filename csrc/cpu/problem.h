@@ -44,10 +44,10 @@ struct Problem {
   // Backward of batch norms on batch statistics behind the projections: what norms.h says, or null
   void* norms = nullptr;
   bool norm_sums = false;  // the first of the two passes, which only sums
-  Map theta, phi;         // grids R and Q
-  Map preact;             // forward: where to store s (or absent); backward: s as stored
-  Map y;                  // forward out; absent: stop at the logits
-  void* alpha = nullptr;  // [N, R]: sigmoid(logit), or the logits where y is absent
+  Map theta, phi;          // grids R and Q
+  Map preact;              // forward: where to store s (or absent); backward: s as stored
+  Map y;                   // forward out; absent: stop at the logits
+  void* alpha = nullptr;   // [N, R]: sigmoid(logit), or the logits where y is absent
 
   // backward
   Map dy, dx, dg, dtheta;  // dtheta holds ds: also what dphi is resized from
