@@ -70,7 +70,7 @@ class Fusion(NamedTuple):
 
     plan: "whole"         attention_gate: both projections to the product
           "whole_logits"  attention_logits; norm of psi and normaliser in PyTorch; apply_attention
-          "whole_moments" the same, with batch norms in training mode folded by the moments of x and g
+          "whole_moments" the same, with batch norms in training mode folded by the statistics of x and g
           "chain"         theta and phi in PyTorch; gate
           "chain_logits"  theta and phi in PyTorch; gate_logits; norm of psi and normaliser; apply_attention
           "apply"         everything up to alpha in PyTorch; apply_attention

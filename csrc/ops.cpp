@@ -8,8 +8,8 @@
 //                    empty)
 //   *_logits         up to psi . activation(...) + psi_bias
 //   gate_apply       y = x * resize(alpha)
-//   moments          mean [K] and covariance [K, K] of x's patches, in float64: what batch norms behind a
-//                    projection need to know of x. CPU only
+//   moments          mean [K] and covariance [K, K] of x's patches, in float64: the statistics of every
+//                    projection of x, differentiable. CPU only
 //
 // *_bwd: gradients of everything that `needs` (a bit for each of the returned tensors) asks for; others come
 // empty.

@@ -1,4 +1,4 @@
-"""Batch norms in training mode by the moments of x and g: the numbers of the norms as modules."""
+"""Batch norms in training mode, projections made again in every pass: the numbers of the norms as modules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ in_all_gates = pytest.mark.parametrize("options,x_size,g_size", GATES.values(), 
 
 
 def make(options, x_size, g_size, dtype=torch.float32):
-    """A gate that is trained by moments, and maps for it."""
+    """A gate whose norms are folded in training, and maps for it."""
     gate = AttentionGate(x_size[1], g_size[1], 5, recompute=True, **options).to(dtype).train()
     for parameter in gate.parameters():
         if parameter.ndim == 1:
@@ -295,7 +295,7 @@ def test_keeps_one_channel():
 
 
 def test_where_it_is_chosen():
-    """By moments where that pays; elsewhere, with gradients, by PyTorch's layers; `recompute` decides."""
+    """Folded where that pays; elsewhere, with gradients, by PyTorch's layers; `recompute` decides."""
     big, deep, small = (2, 64, 192, 192), (2, 256, 64, 64), (2, 64, 32, 32)
     for size, plan in ((big, "whole_moments"), (deep, "eager"), (small, "eager")):
         gate = AttentionGate(size[1], size[1], preset="same_grid").train()

@@ -117,12 +117,12 @@ struct Worker {
   // Forward: what this tile holds stays while the next one is loaded.
   void turn_over() { rows = rows == input ? input + p.depth() * ld : static_cast<A*>(input); }
 
-  template <class F>
-  void for_parts(F&& f) const {
-    if (p.uses_x()) f(part_of_x());
-    if (p.g) f(Part{p.g, flat, false, p.centre_g != nullptr, p.rows_x(), p.rows_g()});
-  }
   Part part_of_x() const { return {p.x, patches, true, p.centre_x != nullptr, 0, p.rows_x()}; }
+  template <class F>
+  inline __attribute__((always_inline)) void for_parts(F&& f) const {
+    const Part parts[] = {part_of_x(), {p.g, flat, false, p.centre_g != nullptr, p.rows_x(), p.rows_g()}};
+    for (int k = p.uses_x() ? 0 : 1; k < (p.g ? 2 : 1); ++k) f(parts[k]);  // one copy of f's code for both
+  }
   void load_part(const Part& part, int64_t n, int64_t v0, int64_t v1) {
     A* to = rows + part.k0 * ld;
     load_tile<T>(part.map, part.patches, n, v0, v1, to, ld);
