@@ -80,6 +80,7 @@ def full() -> list[Group]:
     gates, sweeps, networks = _of("gate"), _of("sweep"), _of("network")
     # Like others that everybody runs: without what compiles.
     alike = ("monai-24", "monai-12", "oktay-20", "keras-128", "keras-64", "keras-32")
+    unlike = tuple(name for name in gates if name not in alike)
     finest = ("same-256", "paper-256", "lee-256", "monai-96", "oktay-80", "keras-256")
     by_parts = ("same-256", "lee-256", "monai-96")
     weighed = ("same-256", "monai-96")
@@ -87,7 +88,7 @@ def full() -> list[Group]:
     ends = ("same-256", "same-32")
     counts = tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n < torch.get_num_threads())
     return [
-        Group(tuple(name for name in gates if name not in alike), gates, Patience(21, 4, 1.0), providers=_ALL),
+        Group(unlike, gates, Patience(21, 4, 1.0), providers=_ALL),
         Group(alike, alike, Patience(21, 4, 1.0), providers=(*_PAIR, "limit")),
         Group(by_parts, finest, Patience(15, 5, 0.5), modes=("forward", "backward")),
         Group(memory_bound, memory_bound, Patience(15, 5, 1.0), dtypes=("bfloat16",)),
