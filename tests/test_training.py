@@ -309,6 +309,16 @@ def test_where_it_is_chosen():
         assert gate.eval().fusion(x, x).plan == "whole"
 
 
+def test_channels_last_has_to_be_larger():
+    """PyTorch's batch norms are faster there."""
+    gate = AttentionGate(32, 32, 16, preset="same_grid", spatial_dims=3).train()
+    for size, plan in ((48, "eager"), (96, "whole_moments")):
+        x = torch.empty(1, 32, size, size, size)
+        assert gate.fusion(x, x).plan == "whole_moments"
+        x = x.to(memory_format=torch.channels_last_3d)
+        assert gate.fusion(x, x).plan == plan
+
+
 @pytest.mark.parametrize("kind", ["instance", "group"])
 def test_where_other_norms_are_left_to_pytorch(kind):
     options = {f"{layer}_norm": kind for layer in ("theta", "phi", "psi")}
