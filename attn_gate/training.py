@@ -83,7 +83,7 @@ def pays(x: Tensor, parts: Parts) -> bool:
     and g's channels) three times more. Measured on 2 cores with AVX-512 and 32 MiB of cache: 1.1 to 8 times
     eager's speed where the multiply-adds for each element saved are at most 3 for each MiB of x; less than
     eager's at twice as many, where maps stay in cache, and up to 12 MiB in channels last, where PyTorch's
-    norms are faster. Under torch.compile and torch.func products of the patches with themselves are made instead.
+    norms are faster. Under torch.compile and torch.func there are products of the patches with themselves.
     """
     if x.device.type != "cpu" or torch.compiler.is_exporting():
         return False  # not measured there; an exported program may get any size
