@@ -248,7 +248,7 @@ def test_pytest_benchmark_over_the_same_registry():
     root = Path(__file__).parent.parent
     command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
     chosen = ["-k", "size-32-inference and (attn_gate or limit)"]
-    # pytest-benchmark measures nothing in a worker of pytest-xdist: this test may be in one, its command isn't.
+    # In a worker of pytest-xdist, which this test may run in, pytest-benchmark measures nothing.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run([*command, *chosen], cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -490,7 +490,9 @@ class TestNetworks:
 
             def results():
                 found = program.results()
-                return {**found, "d gates.0.phi.weight": -found["d gates.0.phi.weight"]}
+                # A large one: a ReLU that rounding turned may cost eager itself 0.2 % of all gradients here.
+                wrong = "d encoders.4.0.weight"
+                return {**found, wrong: -found[wrong]}
 
             return Program(program.works, results)
 
