@@ -76,13 +76,15 @@ class Weigh {
   int64_t ld_ = 0, v_ = 0, len_ = 0, rows_ = 0, row_ = 0, some_ = 0;
 };
 
-// What the products of a tile do aside: the tile before is written, the next one fetched.
+// What the products of a tile do aside: the tile before is written, the next one loaded.
 template <class T>
 struct Aside {
   std::optional<Weigh<T>> behind;
+  Incoming<T> incoming;
   Ahead ahead;
   inline __attribute__((always_inline)) void step() {
     if (behind) behind->step();
+    incoming.step();
     ahead.step();
   }
 };
@@ -97,13 +99,17 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
   Buffer<A> alpha(ld);
   Aside<T> aside;
   if (p.y && p.same_grid()) aside.behind.emplace(p, n);
+  work.expect(aside.incoming, n, v0, smaller(v0 + ld, v1));
   for (int64_t v = v0; v < v1; v += ld) {
-    const int64_t end = smaller(v + ld, v1), len = end - v;
+    const int64_t end = smaller(v + ld, v1), len = end - v, next = smaller(end + ld, v1);
+    aside.incoming.finish();
+    work.rows = work.next_rows();
     work.load_given(n, v, end);
     work.for_parts([&](const Part& part) {
       if (!work.loads(part)) work.load_part(part, n, v, end);
     });
-    aside.ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
+    work.expect(aside.incoming, n, end, next);
+    aside.ahead = work.next_tile(n, end, next, len, true);
 
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
@@ -111,14 +117,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
       for (int j = 0; j < NV; ++j) logit[j] = splat(psi_bias);
       for (int64_t i = 0; i < p.inter; i += kRows) {
         Vec<A> acc[kRows][NV];
-        if (i || !p.project) {
-          work.template preactivation<NV>(i, at, acc, aside);
-        } else {
-          work.template begin_with_bias<NV>(i, acc);
-          work.for_parts(
-              [&](const Part& part) { work.template first_product<NV>(part, n, v, len, at, acc, aside); });
-          work.template add_given<NV>(i, at, acc);
-        }
+        work.template preactivation<NV>(i, at, acc, aside);
         if (p.preact)
           for (int r = 0; r < kRows; ++r)
             for (int j = 0; j < NV; ++j) store(work.given + (i + r) * ld + at + j * kLanes<A>, acc[r][j]);
@@ -135,7 +134,6 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     if (!aside.behind) continue;
     aside.behind->begin(v, len, work.looks_aside(ld), x_in_tile ? work.rows : nullptr, ld);
     if (!p.hides_memory()) aside.behind->finish();
-    work.turn_over();
   }
   if (aside.behind) aside.behind->finish();
 }

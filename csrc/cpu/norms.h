@@ -112,18 +112,23 @@ void statistics_tiles(const Problem& p, const Layout& layout, const Statistics& 
     begin = false;
     held = 0;
   };
+  const Part part = work.part_of_x();
+  Aside<T> aside;
+  work.expect(aside.incoming, n, v0, smaller(v0 + ld, v1));
   for (int64_t v = v0; v < v1; v += ld) {
-    const int64_t end = smaller(v + ld, v1), len = end - v;
+    const int64_t end = smaller(v + ld, v1), len = end - v, next = smaller(end + ld, v1);
     for (int64_t i = 0; i < ld; ++i) inside[i] = A(i < len);
-    const Part part = work.part_of_x();
+    aside.incoming.finish();
+    work.rows = work.next_rows();
     if (!work.loads(part)) work.load_part(part, n, v, end);
-    Ahead ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
+    work.expect(aside.incoming, n, end, next);
+    aside.ahead = work.next_tile(n, end, next, len, true);
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       const bool first = held == 0 && at == 0;
       for (int64_t i = 0; i < I; i += kRows) {
         Vec<A> acc[kRows][NV] = {};
-        work.template loading_product<NV>(part, n, v, len, i, at, acc, ahead);
+        work.template product<NV>(i, at, part.k0, part.rows, acc, aside);
         for (int r = 0; r < kRows; ++r) {
           A* sum = sums + 2 * (i + r) * kLanes<A>;
           if (first) {

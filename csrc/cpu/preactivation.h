@@ -3,6 +3,7 @@
 #pragma once
 #include <optional>
 
+#include "incoming.h"
 #include "resize.h"
 
 namespace attn_gate::cpu {
@@ -82,14 +83,6 @@ void centre_rows(const Problem& p, int64_t k0, int64_t k1, int64_t len, int64_t 
   }
 }
 
-// One factor of the input: x's patches or g, rows of the product's depth from k0 on.
-struct Part {
-  const Map& map;
-  const Patches& patches;
-  bool of_x, centred;
-  int64_t k0, rows;
-};
-
 // What a thread holds while it goes through its tiles.
 template <class T>
 struct Worker {
@@ -100,22 +93,26 @@ struct Worker {
   const Patches patches;  // of x on the coarse grid
   const Patches flat;     // the coarse grid on itself
   const bool has_given;   // theta, phi or a stored s
-  Buffer<A> input;        // [K][ld]: patches of x, then g; in forward the tile before, too
+  Buffer<A> input;        // [K][ld]: patches of x, then g; in forward the tiles before and behind this, too
   A* rows;                // this tile's of them
   Buffer<A> given;        // [I][ld]
+  static constexpr int kTiles = 3;
   std::optional<Resizer<A>> phi;
 
   Worker(const Problem& p_, const Layout& layout, bool backward)
       : p(p_), ld(layout.tile), packed(p_, backward),
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
         has_given(p_.theta || p_.phi || (p_.preact && !p_.project)),
-        input((backward ? 1 : 2) * p_.depth() * layout.tile), rows(input),
+        input((backward ? 1 : kTiles) * p_.depth() * layout.tile), rows(input),
         given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
   }
 
-  // Forward: what this tile holds stays while the next one is loaded.
-  void turn_over() { rows = rows == input ? input + p.depth() * ld : static_cast<A*>(input); }
+  // Forward: what this tile holds stays while the next one is computed, and the one behind that is loaded.
+  A* next_rows() const {
+    A* next = rows + p.depth() * ld;
+    return next < input + kTiles * p.depth() * ld ? next : static_cast<A*>(input);
+  }
 
   Part part_of_x() const { return {p.x, patches, true, p.centre_x != nullptr, 0, p.rows_x()}; }
   template <class F>
@@ -137,11 +134,21 @@ struct Worker {
     const int64_t panels = (len + kCols * kLanes<A> - 1) / (kCols * kLanes<A>), K = p.project ? p.depth() : 0;
     return panels * ((p.inter + kRows - 1) / kRows) * (K > 0 ? (K + kStep - 1) / kStep : 1);
   }
-  // What the voxels [v0, v1) will read, to be fetched during the products of a tile of `len` voxels.
-  Ahead next_tile(int64_t n, int64_t v0, int64_t v1, int64_t len) const {
+  // The voxels [v0, v1) of what can be loaded aside, into next_rows(), during the products of a whole tile.
+  void expect(Incoming<T>& incoming, int64_t n, int64_t v0, int64_t v1) const {
+    incoming.begin(ld);
+    for_parts([&](const Part& part) {
+      if (loads(part)) incoming.add(part, n, v0, v1, next_rows() + part.k0 * ld);
+    });
+    incoming.over(looks_aside(ld));
+  }
+  // What else the voxels [v0, v1) will read, to be fetched during the products of a tile of `len` voxels.
+  Ahead next_tile(int64_t n, int64_t v0, int64_t v1, int64_t len, bool incoming = false) const {
     Ahead ahead;
     if (p.dy && p.same_grid()) ahead.add<T>(p.dy, flat, n, v0, v1);
-    for_parts([&](const Part& part) { ahead.add<T>(part.map, part.patches, n, v0, v1); });
+    for_parts([&](const Part& part) {
+      if (!incoming || !loads(part)) ahead.add<T>(part.map, part.patches, n, v0, v1);
+    });
     ahead.over(looks_aside(len));
     return ahead;
   }
@@ -187,17 +194,10 @@ struct Worker {
     copy<A, NV>(sums, acc);
   }
 
-  // Whether the first product can take a part's rows from memory: voxels of a map that lie side by side as in
-  // a tile, or pairs of them (patches two voxels wide) in rows of whole vectors.
-  bool in_rows(const Part& part) const {
-    return p.hides_memory() && !part.map.channels_last && !part.centred &&
-           part.patches.coarse == part.patches.map && part.patches.map.voxels() == part.patches.map.w;
+  // Whether a part's rows can be loaded between the steps of a product.
+  bool loads(const Part& part) const {
+    return p.hides_memory() && (part.in_rows() || part.template in_pairs<A>());
   }
-  bool in_pairs(const Part& part) const {
-    return p.hides_memory() && !part.map.channels_last && !part.centred && part.patches.kernel.w == 2 &&
-           part.patches.stride.w == 2 && part.patches.coarse.w % kLanes<A> == 0;
-  }
-  bool loads(const Part& part) const { return in_rows(part) || in_pairs(part); }
   // The product of W's first rows with a part, whose rows are in the tile from then on: NV vectors of voxels
   // from voxel v0 + v of sample n on, of a tile of `len` voxels.
   template <int NV, class Aside>
@@ -205,7 +205,9 @@ struct Worker {
                                                            int64_t len, int64_t v, Vec<A> (&acc)[kRows][NV],
                                                            Aside& aside) {
     A* to = rows + part.k0 * ld + v;
-    const bool whole = v + NV * kLanes<A> <= len, single = in_rows(part), pairs = in_pairs(part);
+    const bool whole = v + NV * kLanes<A> <= len, single = part.in_rows(),
+               pairs = !single && part.template in_pairs<A>();
+    if (!p.hides_memory()) return product<NV>(0, v, part.k0, part.rows, acc, aside);
     if ((single || pairs) && !whole) load_tile<T>(part.map, part.patches, n, v0 + v, v0 + len, to, ld);
     if (!(single || pairs) || !whole) return product<NV>(0, v, part.k0, part.rows, acc, aside);
     const int64_t stride = part.map.grid.voxels();

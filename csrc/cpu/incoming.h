@@ -1,0 +1,138 @@
+// The tile to come, copied into its rows a few at a time while the tile before it is computed.
+#pragma once
+#include "tiles.h"
+
+namespace attn_gate::cpu {
+namespace {
+
+// One factor of the input: x's patches or g, rows of the product's depth from k0 on.
+struct Part {
+  const Map& map;
+  const Patches& patches;
+  bool of_x, centred;
+  int64_t k0, rows;
+
+  // What Incoming can copy: voxels of a map that lie side by side as in a tile, or pairs of them (patches two
+  // voxels wide) in rows of whole vectors.
+  bool in_rows() const {
+    return !map.channels_last && !centred && patches.coarse == patches.map &&
+           patches.map.voxels() == patches.map.w;
+  }
+  template <class A>
+  bool in_pairs() const {
+    return !map.channels_last && !centred && patches.kernel.w == 2 && patches.stride.w == 2 &&
+           patches.coarse.w % kLanes<A> == 0;
+  }
+};
+
+// The memory works while the arithmetic does. A prefetch of the whole tile would not do: a map's channels
+// mostly lie a power of two apart, and lines that lie so displace one another in every cache. So a row is
+// fetched kLead rows before it is copied.
+template <class T>
+class Incoming {
+  using A = Acc<T>;
+
+ public:
+  // Forgets what there was; the tile's rows will be `ld` apart.
+  void begin(int64_t ld) {
+    parts_ = 0, rows_ = 0, ld_ = ld;
+    copied_ = fetched_ = Cursor();
+  }
+  // Adds the voxels [v0, v1) of sample n, at most kVoxels, of a part that is in rows or in pairs.
+  void add(const Part& part, int64_t n, int64_t v0, int64_t v1, A* to) {
+    if (v0 >= v1) return;
+    Of& of = of_[parts_++];
+    of.from = sample_of<T>(part.map, n);
+    of.to = to;
+    of.channels = part.map.channels;
+    of.pitch = part.map.grid.voxels();
+    of.map = part.patches.map;
+    of.kernel = part.patches.kernel;
+    of.pairs = !part.in_rows();
+    of.len = v1 - v0;
+    for (int64_t j = 0; j * kLanes<A> < of.len; ++j) of.at[j] = first_voxel(part.patches, v0 + j * kLanes<A>);
+    rows_ += of.channels * of.kernel.d * of.kernel.h;
+  }
+  // Divides the work by the number of times that step() will be called.
+  void over(int64_t calls) {
+    some_ = calls > 0 ? (rows_ + calls - 1) / calls : rows_;
+    for (int64_t i = smaller(kLead, rows_); i > 0; --i) fetch();
+  }
+  inline __attribute__((always_inline)) void step() {
+    for (int64_t left = some_; left > 0 && copied_.part < parts_; --left) {
+      if (fetched_.part < parts_) fetch();
+      copy();
+    }
+  }
+  void finish() {
+    while (copied_.part < parts_) step();
+  }
+
+  static constexpr int64_t kVoxels = 96;
+
+ private:
+  static constexpr int64_t kLead = 4;
+  struct Of {
+    const T* from;
+    A* to;
+    int64_t channels, pitch, len;
+    Grid map, kernel;
+    bool pairs;
+    int64_t at[kVoxels / kLanes<A>];  // where each vector's first voxel lies
+  };
+  struct Cursor {
+    int part = 0;
+    int64_t c = 0, d = 0, h = 0;
+  };
+  // Where the row (or pair of rows) at a cursor lies, from `at` on; and on to the next one.
+  inline __attribute__((always_inline)) const T* take(Cursor& cursor) const {
+    const Of& of = of_[cursor.part];
+    const T* from = of.from + cursor.c * of.pitch + (cursor.d * of.map.h + cursor.h) * of.map.w;
+    if (++cursor.h < of.kernel.h) return from;
+    cursor.h = 0;
+    if (++cursor.d < of.kernel.d) return from;
+    cursor.d = 0;
+    if (++cursor.c < of.channels) return from;
+    cursor.c = 0;
+    ++cursor.part;
+    return from;
+  }
+  inline __attribute__((always_inline)) void fetch() {
+    const Of& of = of_[fetched_.part];
+    const T* from = take(fetched_);
+    for (int64_t j = 0; j * kLanes<A> < of.len; ++j) {
+      __builtin_prefetch(from + of.at[j], 0, 3);
+      if (of.pairs) __builtin_prefetch(from + of.at[j] + kLanes<A>, 0, 3);
+    }
+  }
+  inline __attribute__((always_inline)) void copy() {
+    Of& of = of_[copied_.part];
+    const T* from = take(copied_);
+    A* to = of.to;
+    if (of.pairs) {
+      for (int64_t j = 0; j * kLanes<A> < of.len; ++j, to += kLanes<A>) {
+        Vec<A> even = load_as<A>(from + of.at[j]), odd = load_as<A>(from + of.at[j] + kLanes<A>);
+        split(even, odd);
+        store(to, even);
+        store(to + ld_, odd);
+      }
+      of.to += 2 * ld_;
+      return;
+    }
+    from += of.at[0];
+    int64_t i = 0;
+    for (; i + kLanes<A> <= of.len; i += kLanes<A>) store(to + i, load_as<A>(from + i));
+    if (i < of.len) {
+      for (int64_t l = 0; l < kLanes<A>; ++l) to[i + l] = i + l < of.len ? to_acc(from[i + l]) : A(0);
+    }
+    of.to += ld_;
+  }
+
+  Of of_[2];
+  int parts_ = 0;
+  Cursor copied_, fetched_;
+  int64_t ld_ = 0, rows_ = 0, some_ = 0;
+};
+
+}  // namespace
+}  // namespace attn_gate::cpu
