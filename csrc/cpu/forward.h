@@ -98,7 +98,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
   const bool x_in_tile = p.uses_x() && !p.centre_x && !p.y.channels_last;
   Buffer<A> alpha(ld);
   Aside<T> aside;
-  if (p.y && p.same_grid()) aside.behind.emplace(p, n);
+  if (p.y && !p.applies_later()) aside.behind.emplace(p, n);
   work.expect(aside.incoming, n, v0, smaller(v0 + ld, v1));
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v, next = smaller(end + ld, v1);
@@ -139,7 +139,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
 }
 
 // Fine rows a piece of work takes at a time: enough voxels for whole vectors and long runs of memory.
-inline int64_t rows_at_once(const Grid& fine) { return fine.w >= 256 ? 1 : (256 + fine.w - 1) / fine.w; }
+inline int64_t rows_at_once(const Grid& fine) { return fine.w >= 1024 ? 1 : (1024 + fine.w - 1) / fine.w; }
 
 // up[i] = resize(alpha)[voxel r0 * w + i] of sample n, for rows [r0, r1).
 template <class A>

@@ -75,6 +75,12 @@ struct Problem {
   ATTN_GATE_INLINE bool hides_memory() const { return project && depth() * inter >= 2048; }
   ATTN_GATE_INLINE bool uses_x() const { return theta_weight != nullptr; }
   ATTN_GATE_INLINE bool same_grid() const { return fine == coarse; }
+  // Whether y is written in a second phase: on two grids, and where a channel of y fits on a page, of which
+  // each tile would touch as many as y has channels.
+  ATTN_GATE_INLINE bool applies_later() const {
+    const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    return y && (!same_grid() || (project && !y.channels_last && y.grid.voxels() * size <= 4096));
+  }
 };
 
 // Mean and variance of what a projection makes of x's patches, in double.

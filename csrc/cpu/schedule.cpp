@@ -45,7 +45,7 @@ template <class F>
 void parallel_rows(const Problem& p, int64_t begin, int64_t end, F&& f) {
   const int64_t rows = p.fine.d * p.fine.h;
   // Pieces of rows, so that short rows are taken many at a time.
-  const int64_t piece = std::max<int64_t>(1, 512 / std::max<int64_t>(1, p.fine.w));
+  const int64_t piece = std::max<int64_t>(1, 1024 / std::max<int64_t>(1, p.fine.w));
   parallel(0, (end - begin + piece - 1) / piece, [&](int64_t b, int64_t e) {
     const int64_t last = std::min(begin + e * piece, end);
     for (int64_t r = begin + b * piece; r < last;) {
@@ -120,7 +120,7 @@ void run_forward(Problem p) {
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, false, b, e); });
   const Pieces pieces(p, kForwardPiece);
   const int64_t count = p.batch * pieces.per_sample;
-  const bool two_phases = p.y && !p.same_grid();
+  const bool two_phases = p.applies_later();
   const int64_t threads = torch::stable::get_num_threads();
   // A band is a whole number of pieces for every thread.
   const int64_t step = two_phases ? (units_per_band(p, count) + threads - 1) / threads * threads : count;
