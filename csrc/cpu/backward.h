@@ -213,14 +213,14 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
   A* sums = static_cast<A*>(p.partial) + layout.group_at + group * layout.partial_elements;
   A db = 0;
   const int64_t panels = count_weight_panels(p, layout);
-  A* x_rows = x_in_tile ? static_cast<A*>(work.input) : static_cast<A*>(own_x);
+  A* x_rows = own_x;
+  NextTile<T> next;
+  work.expect(next, n, v0, smaller(v0 + ld, v1));
 
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v, padded = round_up(len, kLanes<A>);
-    // Behind norms x and g are first needed by a product, which loads them where it can.
-    work.for_parts([&](const Part& part) {
-      if (!p.norms || !work.loads(part)) work.load_part(part, n, v, end);
-    });
+    work.turn_to(next, n, v, end, smaller(end + ld, v1));
+    if (x_in_tile) x_rows = work.rows;
     work.load_given(n, v, end);
 
     if (p.ds) {
@@ -270,15 +270,14 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
     for (int64_t i = 0; i < len; ++i) db += dlogit[i];
 
     // s, ds and the sums over voxels
-    Ahead ahead = work.next_tile(n, end, smaller(end + ld, v1), len);
     if (p.norms)
-      normed_rows(work, n, v, len, static_cast<const A*>(dlogit), static_cast<A*>(ds), ds_g, bias_sums,
-                  psi_sums, scale_sums, ahead);
+      normed_rows(work, len, static_cast<const A*>(dlogit), static_cast<A*>(ds), ds_g, bias_sums, psi_sums,
+                  scale_sums, next);
     for_panels<A>(p.ds || p.norms ? 0 : len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       for (int64_t i = 0; i < I; i += kRows) {
         Vec<A> acc[kRows][NV];
-        work.template preactivation<NV>(i, at, acc, ahead);
+        work.template preactivation<NV>(i, at, acc, next);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           Vec<A> bias_sum = load(bias_sums + (i + r) * kLanes<A>),
@@ -314,7 +313,7 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
     for_weight_panels(p, layout, 0, weights && !apart ? panels : 0, [&](const Panel& u) {
       const A* rows = u.of_x ? static_cast<const A*>(ds) : ds_g;
       if (turned != rows) turn(rows, 0);
-      turn_panel(work.input + u.row * ld, ld, u.rows, u.width, len, static_cast<A*>(panel));
+      turn_panel(work.rows + u.row * ld, ld, u.rows, u.width, len, static_cast<A*>(panel));
       add_weights<A>(p, own_ds_t, ld, static_cast<const A*>(panel), u.width, len, begin && v == v0,
                      sums + u.at * Ip);
     });
@@ -323,7 +322,7 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
     if (direct_dg) {
       project_back_to<T, A>(work, ds_g, p.rows_x(), p.dg, Map(), nullptr, n, v, len);
     } else if (p.dg) {
-      A* out = work.input + p.rows_x() * ld;
+      A* out = work.rows + p.rows_x() * ld;
       project_back<false>(work, static_cast<const A*>(ds_g), p.rows_x(), p.rows_g(), len, out);
       store_tile<false, T>(p.dg, work.flat, n, v, end, static_cast<const A*>(out), ld);
     }
@@ -334,8 +333,8 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
         if (p.uses_x()) project_back<true>(work, static_cast<const A*>(ds), 0, C, len, static_cast<A*>(dy));
         store_tile<false, T>(p.dx, work.flat, n, v, end, static_cast<const A*>(dy), ld);
       } else if (p.uses_x()) {  // onto dy * resize(alpha), or onto zeros, that is there already
-        project_back<false>(work, static_cast<const A*>(ds), 0, p.rows_x(), len, static_cast<A*>(work.input));
-        store_tile<true, T>(p.dx, work.patches, n, v, end, static_cast<const A*>(work.input), ld);
+        project_back<false>(work, static_cast<const A*>(ds), 0, p.rows_x(), len, work.rows);
+        store_tile<true, T>(p.dx, work.patches, n, v, end, static_cast<const A*>(work.rows), ld);
       }
     }
   }

@@ -80,12 +80,10 @@ class Weigh {
 template <class T>
 struct Aside {
   std::optional<Weigh<T>> behind;
-  Incoming<T> incoming;
-  Ahead ahead;
+  NextTile<T> next;
   inline __attribute__((always_inline)) void step() {
     if (behind) behind->step();
-    incoming.step();
-    ahead.step();
+    next.step();
   }
 };
 
@@ -99,17 +97,11 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
   Buffer<A> alpha(ld);
   Aside<T> aside;
   if (p.y && !p.applies_later()) aside.behind.emplace(p, n);
-  work.expect(aside.incoming, n, v0, smaller(v0 + ld, v1));
+  work.expect(aside.next, n, v0, smaller(v0 + ld, v1));
   for (int64_t v = v0; v < v1; v += ld) {
-    const int64_t end = smaller(v + ld, v1), len = end - v, next = smaller(end + ld, v1);
-    aside.incoming.finish();
-    work.rows = work.next_rows();
+    const int64_t end = smaller(v + ld, v1), len = end - v;
+    work.turn_to(aside.next, n, v, end, smaller(end + ld, v1));
     work.load_given(n, v, end);
-    work.for_parts([&](const Part& part) {
-      if (!work.loads(part)) work.load_part(part, n, v, end);
-    });
-    work.expect(aside.incoming, n, end, next);
-    aside.ahead = work.next_tile(n, end, next, len, true);
 
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
@@ -132,7 +124,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     std::memcpy(static_cast<A*>(p.alpha) + n * voxels + v, alpha, size_t(len) * sizeof(A));
     if (p.preact) store_tile<false, T>(p.preact, work.flat, n, v, end, static_cast<const A*>(work.given), ld);
     if (!aside.behind) continue;
-    aside.behind->begin(v, len, work.looks_aside(ld), x_in_tile ? work.rows : nullptr, ld);
+    aside.behind->begin(v, len, work.looks_aside(), x_in_tile ? work.rows : nullptr, ld);
     if (!p.hides_memory()) aside.behind->finish();
   }
   if (aside.behind) aside.behind->finish();

@@ -41,7 +41,7 @@ class Incoming {
   // Adds the voxels [v0, v1) of sample n, at most kVoxels, of a part that is in rows or in pairs.
   void add(const Part& part, int64_t n, int64_t v0, int64_t v1, A* to) {
     if (v0 >= v1) return;
-    Of& of = of_[parts_++];
+    Of& of = of_[parts_];
     of.from = sample_of<T>(part.map, n);
     of.to = to;
     of.channels = part.map.channels;
@@ -50,7 +50,9 @@ class Incoming {
     of.kernel = part.patches.kernel;
     of.pairs = !part.in_rows();
     of.len = v1 - v0;
-    for (int64_t j = 0; j * kLanes<A> < of.len; ++j) of.at[j] = first_voxel(part.patches, v0 + j * kLanes<A>);
+    for (int64_t j = 0; j * kLanes<A> < of.len; ++j)
+      at_[parts_][j] = first_voxel(part.patches, v0 + j * kLanes<A>);
+    ++parts_;
     rows_ += of.channels * of.kernel.d * of.kernel.h;
   }
   // Divides the work by the number of times that step() will be called.
@@ -59,16 +61,13 @@ class Incoming {
     for (int64_t i = smaller(kLead, rows_); i > 0; --i) fetch();
   }
   inline __attribute__((always_inline)) void step() {
-    for (int64_t left = some_; left > 0 && copied_.part < parts_; --left) {
-      if (fetched_.part < parts_) fetch();
-      copy();
-    }
+    for (int64_t left = some_; left > 0 && copied_.part < parts_; --left) row();
   }
   void finish() {
-    while (copied_.part < parts_) step();
+    while (copied_.part < parts_) row();
   }
 
-  static constexpr int64_t kVoxels = 96;
+  static constexpr int64_t kVoxels = 384;
 
  private:
   static constexpr int64_t kLead = 4;
@@ -78,7 +77,6 @@ class Incoming {
     int64_t channels, pitch, len;
     Grid map, kernel;
     bool pairs;
-    int64_t at[kVoxels / kLanes<A>];  // where each vector's first voxel lies
   };
   struct Cursor {
     int part = 0;
@@ -97,21 +95,27 @@ class Incoming {
     ++cursor.part;
     return from;
   }
+  inline __attribute__((always_inline)) void row() {
+    if (fetched_.part < parts_) fetch();
+    copy();
+  }
   inline __attribute__((always_inline)) void fetch() {
     const Of& of = of_[fetched_.part];
+    const int64_t* at = at_[fetched_.part];
     const T* from = take(fetched_);
     for (int64_t j = 0; j * kLanes<A> < of.len; ++j) {
-      __builtin_prefetch(from + of.at[j], 0, 3);
-      if (of.pairs) __builtin_prefetch(from + of.at[j] + kLanes<A>, 0, 3);
+      __builtin_prefetch(from + at[j], 0, 3);
+      if (of.pairs) __builtin_prefetch(from + at[j] + kLanes<A>, 0, 3);
     }
   }
   inline __attribute__((always_inline)) void copy() {
     Of& of = of_[copied_.part];
+    const int64_t* at = at_[copied_.part];
     const T* from = take(copied_);
     A* to = of.to;
     if (of.pairs) {
       for (int64_t j = 0; j * kLanes<A> < of.len; ++j, to += kLanes<A>) {
-        Vec<A> even = load_as<A>(from + of.at[j]), odd = load_as<A>(from + of.at[j] + kLanes<A>);
+        Vec<A> even = load_as<A>(from + at[j]), odd = load_as<A>(from + at[j] + kLanes<A>);
         split(even, odd);
         store(to, even);
         store(to + ld_, odd);
@@ -119,7 +123,7 @@ class Incoming {
       of.to += 2 * ld_;
       return;
     }
-    from += of.at[0];
+    from += at[0];
     int64_t i = 0;
     for (; i + kLanes<A> <= of.len; i += kLanes<A>) store(to + i, load_as<A>(from + i));
     if (i < of.len) {
@@ -132,6 +136,7 @@ class Incoming {
   int parts_ = 0;
   Cursor copied_, fetched_;
   int64_t ld_ = 0, rows_ = 0, some_ = 0;
+  int64_t at_[2][kVoxels / kLanes<A>];  // where each vector's first voxel lies
 };
 
 }  // namespace

@@ -30,8 +30,8 @@ struct Norms {
 // theta and phi of a tile's voxels, and from them what the pass wants. norm_sums: ds into `ds`, and sums by
 // lanes of ds, of dlogit * q, and of ds * theta and ds * phi. Else ds_x over ds, and ds_g.
 template <class T, class A>
-void normed_rows(Worker<T>& work, int64_t n, int64_t v0, int64_t len, const A* dlogit, A* ds, A* ds_g,
-                 A* bias_sums, A* psi_sums, A* scale_sums, Ahead& ahead) {
+void normed_rows(const Worker<T>& work, int64_t len, const A* dlogit, A* ds, A* ds_g, A* bias_sums,
+                 A* psi_sums, A* scale_sums, NextTile<T>& next) {
   const Problem& p = work.p;
   const int64_t ld = work.ld;
   const Norms<A> norms(p);
@@ -49,7 +49,7 @@ void normed_rows(Worker<T>& work, int64_t n, int64_t v0, int64_t len, const A* d
                                      : splat(norms.shift_g[i + r]);
         }
       work.for_parts([&](const Part& part) {
-        work.template loading_product<NV>(part, n, v0, len, i, at, part.of_x ? theta : phi, ahead);
+        work.template product<NV>(i, at, part.k0, part.rows, part.of_x ? theta : phi, next);
       });
       for (int r = 0; r < kRows; ++r) {
         const int64_t row = i + r;
@@ -113,22 +113,18 @@ void statistics_tiles(const Problem& p, const Layout& layout, const Statistics& 
     held = 0;
   };
   const Part part = work.part_of_x();
-  Aside<T> aside;
-  work.expect(aside.incoming, n, v0, smaller(v0 + ld, v1));
+  NextTile<T> next;
+  work.expect(next, n, v0, smaller(v0 + ld, v1));
   for (int64_t v = v0; v < v1; v += ld) {
-    const int64_t end = smaller(v + ld, v1), len = end - v, next = smaller(end + ld, v1);
+    const int64_t end = smaller(v + ld, v1), len = end - v;
     for (int64_t i = 0; i < ld; ++i) inside[i] = A(i < len);
-    aside.incoming.finish();
-    work.rows = work.next_rows();
-    if (!work.loads(part)) work.load_part(part, n, v, end);
-    work.expect(aside.incoming, n, end, next);
-    aside.ahead = work.next_tile(n, end, next, len, true);
+    work.turn_to(next, n, v, end, smaller(end + ld, v1));
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       const bool first = held == 0 && at == 0;
       for (int64_t i = 0; i < I; i += kRows) {
         Vec<A> acc[kRows][NV] = {};
-        work.template product<NV>(i, at, part.k0, part.rows, acc, aside);
+        work.template product<NV>(i, at, part.k0, part.rows, acc, next);
         for (int r = 0; r < kRows; ++r) {
           A* sum = sums + 2 * (i + r) * kLanes<A>;
           if (first) {

@@ -83,6 +83,17 @@ void centre_rows(const Problem& p, int64_t k0, int64_t k1, int64_t len, int64_t 
   }
 }
 
+// What the products of a tile do aside for the next one: they copy what can be copied, and fetch the rest.
+template <class T>
+struct NextTile {
+  Incoming<T> incoming;
+  Ahead ahead;
+  inline __attribute__((always_inline)) void step() {
+    incoming.step();
+    ahead.step();
+  }
+};
+
 // What a thread holds while it goes through its tiles.
 template <class T>
 struct Worker {
@@ -93,25 +104,25 @@ struct Worker {
   const Patches patches;  // of x on the coarse grid
   const Patches flat;     // the coarse grid on itself
   const bool has_given;   // theta, phi or a stored s
-  Buffer<A> input;        // [K][ld]: patches of x, then g; in forward the tiles before and behind this, too
+  const int tiles;        // whose input is held: this one, the next one, and in forward the one before
+  Buffer<A> input;        // [tiles][K][ld]: patches of x, then g
   A* rows;                // this tile's of them
   Buffer<A> given;        // [I][ld]
-  static constexpr int kTiles = 3;
   std::optional<Resizer<A>> phi;
 
   Worker(const Problem& p_, const Layout& layout, bool backward)
       : p(p_), ld(layout.tile), packed(p_, backward),
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
         has_given(p_.theta || p_.phi || (p_.preact && !p_.project)),
-        input((backward ? 1 : kTiles) * p_.depth() * layout.tile), rows(input),
-        given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
+        tiles(backward ? (p_.hides_memory() ? 2 : 1) : 3), input(tiles * p_.depth() * layout.tile),
+        rows(input), given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
   }
 
-  // Forward: what this tile holds stays while the next one is computed, and the one behind that is loaded.
+  // Where the next tile's input goes.
   A* next_rows() const {
     A* next = rows + p.depth() * ld;
-    return next < input + kTiles * p.depth() * ld ? next : static_cast<A*>(input);
+    return next < input + tiles * p.depth() * ld ? next : static_cast<A*>(input);
   }
 
   Part part_of_x() const { return {p.x, patches, true, p.centre_x != nullptr, 0, p.rows_x()}; }
@@ -125,32 +136,34 @@ struct Worker {
     load_tile<T>(part.map, part.patches, n, v0, v1, to, ld);
     if (part.centred) centre_rows(p, part.k0, part.k0 + part.rows, v1 - v0, ld, to);
   }
-  void load_input(int64_t n, int64_t v0, int64_t v1) {
-    for_parts([&](const Part& part) { load_part(part, n, v0, v1); });
-  }
 
-  // How often the products of a tile of `len` voxels look aside.
-  int64_t looks_aside(int64_t len) const {
-    const int64_t panels = (len + kCols * kLanes<A> - 1) / (kCols * kLanes<A>), K = p.project ? p.depth() : 0;
+  // How often the products of a whole tile look aside.
+  int64_t looks_aside() const {
+    const int64_t panels = (ld + kCols * kLanes<A> - 1) / (kCols * kLanes<A>), K = p.project ? p.depth() : 0;
     return panels * ((p.inter + kRows - 1) / kRows) * (K > 0 ? (K + kStep - 1) / kStep : 1);
   }
-  // The voxels [v0, v1) of what can be loaded aside, into next_rows(), during the products of a whole tile.
-  void expect(Incoming<T>& incoming, int64_t n, int64_t v0, int64_t v1) const {
-    incoming.begin(ld);
+  // Begins with the voxels [v0, v1): what can be loaded aside is on its way into next_rows().
+  void expect(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1) const {
+    next.incoming.begin(ld);
     for_parts([&](const Part& part) {
-      if (loads(part)) incoming.add(part, n, v0, v1, next_rows() + part.k0 * ld);
+      if (loads(part)) next.incoming.add(part, n, v0, v1, next_rows() + part.k0 * ld);
     });
-    incoming.over(looks_aside(ld));
+    next.incoming.over(looks_aside());
+    next.ahead = Ahead();
+    if (p.dy && p.same_grid()) next.ahead.template add<T>(p.dy, flat, n, v0, v1);
+    for_parts([&](const Part& part) {
+      if (!loads(part)) next.ahead.template add<T>(part.map, part.patches, n, v0, v1);
+    });
+    next.ahead.over(looks_aside());
   }
-  // What else the voxels [v0, v1) will read, to be fetched during the products of a tile of `len` voxels.
-  Ahead next_tile(int64_t n, int64_t v0, int64_t v1, int64_t len, bool incoming = false) const {
-    Ahead ahead;
-    if (p.dy && p.same_grid()) ahead.add<T>(p.dy, flat, n, v0, v1);
+  // Goes on to the voxels [v0, v1), which were expected, and expects those up to v2.
+  void turn_to(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1, int64_t v2) {
+    next.incoming.finish();
+    rows = next_rows();
     for_parts([&](const Part& part) {
-      if (!incoming || !loads(part)) ahead.add<T>(part.map, part.patches, n, v0, v1);
+      if (!loads(part)) load_part(part, n, v0, v1);
     });
-    ahead.over(looks_aside(len));
-    return ahead;
+    expect(next, n, v1, v2);
   }
 
   void load_given(int64_t n, int64_t v0, int64_t v1) {
@@ -197,57 +210,6 @@ struct Worker {
   // Whether a part's rows can be loaded between the steps of a product.
   bool loads(const Part& part) const {
     return p.hides_memory() && (part.in_rows() || part.template in_pairs<A>());
-  }
-  // The product of W's first rows with a part, whose rows are in the tile from then on: NV vectors of voxels
-  // from voxel v0 + v of sample n on, of a tile of `len` voxels.
-  template <int NV, class Aside>
-  inline __attribute__((always_inline)) void first_product(const Part& part, int64_t n, int64_t v0,
-                                                           int64_t len, int64_t v, Vec<A> (&acc)[kRows][NV],
-                                                           Aside& aside) {
-    A* to = rows + part.k0 * ld + v;
-    const bool whole = v + NV * kLanes<A> <= len, single = part.in_rows(),
-               pairs = !single && part.template in_pairs<A>();
-    if (!p.hides_memory()) return product<NV>(0, v, part.k0, part.rows, acc, aside);
-    if ((single || pairs) && !whole) load_tile<T>(part.map, part.patches, n, v0 + v, v0 + len, to, ld);
-    if (!(single || pairs) || !whole) return product<NV>(0, v, part.k0, part.rows, acc, aside);
-    const int64_t stride = part.map.grid.voxels();
-    const A* w = weights(0, part.k0);
-    Vec<A> sums[kRows][NV];
-    copy<A, NV>(acc, sums);
-    if (single) {
-      const T* from = sample_of<T>(part.map, n) + v0 + v;
-      for (int64_t k = 0; k < part.rows; k += kStep) {
-        multiply_loading<T, A, NV>(w + k * kBlock<A>, kBlock<A>, from + k * stride, stride, to + k * ld, ld,
-                                   smaller(kStep, part.rows - k), sums);
-        aside.step();
-      }
-    } else {
-      const T* from[NV];
-      for (int j = 0; j < NV; ++j)
-        from[j] = sample_of<T>(part.map, n) + first_voxel(part.patches, v0 + v + j * kLanes<A>);
-      const Grid& kernel = part.patches.kernel;
-      int64_t since = 0;
-      for (int64_t c = 0; c < part.map.channels; ++c) {
-        for (int64_t d = 0; d < kernel.d; ++d)
-          for (int64_t h = 0; h < kernel.h; ++h) {
-            const int64_t at = c * stride + (d * part.map.grid.h + h) * part.map.grid.w;
-            multiply_loading_pairs<T, A, NV>(w, kBlock<A>, from, at, at + 4 * stride, to, ld, sums);
-            w += 2 * kBlock<A>, to += 2 * ld;
-          }
-        if ((since += kernel.voxels()) < kStep) continue;
-        aside.step();
-        since -= kStep;
-      }
-    }
-    copy<A, NV>(sums, acc);
-  }
-  // The product of W's rows [i, i + kRows) with a part, which the first ones load.
-  template <int NV, class Aside>
-  inline __attribute__((always_inline)) void loading_product(const Part& part, int64_t n, int64_t v0,
-                                                             int64_t len, int64_t i, int64_t v,
-                                                             Vec<A> (&acc)[kRows][NV], Aside& aside) {
-    if (i) return product<NV>(i, v, part.k0, part.rows, acc, aside);
-    first_product<NV>(part, n, v0, len, v, acc, aside);
   }
   template <int NV>
   inline __attribute__((always_inline)) void begin_with_bias(int64_t i, Vec<A> (&acc)[kRows][NV]) const {

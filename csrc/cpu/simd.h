@@ -136,18 +136,8 @@ inline __attribute__((always_inline)) void copy(const Vec<A> (&from)[kRows][NV],
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) to[r][j] = from[r][j];
 }
-// acc[r][j] += a[r] * b[j]. Loads a step: kCols vectors and kRows broadcasts for kRows * kCols multiply-adds.
-template <class A, int NV>
-inline __attribute__((always_inline)) void multiply_step(const A* a, const Vec<A> (&b)[NV],
-                                                         Vec<A> (&acc)[kRows][NV]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-    for (int j = 0; j < NV; ++j) acc[r][j] += a[r] * b[j];
-  }
-}
 // acc[r][j] += sum_k a[k * lda + r] * x[k * ldx + j * lanes + (0 .. lanes)]: the one matrix product of the
-// library.
+// library. Loads a step: kCols vectors and kRows broadcasts for kRows * kCols multiply-adds.
 template <class A, int NV>
 inline __attribute__((always_inline)) void multiply(const A* a, int64_t lda, const A* x, int64_t ldx,
                                                     int64_t depth, Vec<A> (&acc)[kRows][NV]) {
@@ -155,27 +145,12 @@ inline __attribute__((always_inline)) void multiply(const A* a, int64_t lda, con
     Vec<A> b[NV];
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) b[j] = load(x + j * kLanes<A>);
-    multiply_step<A, NV>(a, b, acc);
-  }
-}
-// As multiply(), of rows `stride` apart in memory, which it leaves in the tile x for the products that
-// follow: the copying hides behind the arithmetic.
-template <class T, class A, int NV>
-inline __attribute__((always_inline)) void multiply_loading(const A* a, int64_t lda, const T* from,
-                                                            int64_t stride, A* x, int64_t ldx, int64_t depth,
-                                                            Vec<A> (&acc)[kRows][NV]) {
-  for (int64_t k = 0; k < depth; ++k, a += lda, x += ldx, from += stride) {
-    Vec<A> b[NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-    for (int j = 0; j < NV; ++j) {
-      b[j] = load_as<A>(from + j * kLanes<A>);
-      __builtin_prefetch(from + 16 * stride + j * kLanes<A>, 0, 3);
-      store(x + j * kLanes<A>, b[j]);
-    }
-    multiply_step<A, NV>(a, b, acc);
+      for (int j = 0; j < NV; ++j) acc[r][j] += a[r] * b[j];
   }
 }
-
 // a, b = the even, the odd elements of [a, b].
 template <class V, size_t... L>
 inline __attribute__((always_inline)) void split(V& a, V& b, std::index_sequence<L...>) {
@@ -187,27 +162,6 @@ template <class V>
 inline __attribute__((always_inline)) void split(V& a, V& b) {
   split(a, b, std::make_index_sequence<sizeof(V) / sizeof(a[0])>{});
 }
-// As multiply_loading(), of the two rows of a patch two voxels wide: vector j's voxels lie from from[j] + at
-// on.
-template <class T, class A, int NV>
-inline __attribute__((always_inline)) void multiply_loading_pairs(const A* a, int64_t lda,
-                                                                  const T* const (&from)[NV], int64_t at,
-                                                                  int64_t soon, A* x, int64_t ldx,
-                                                                  Vec<A> (&acc)[kRows][NV]) {
-  Vec<A> even[NV], odd[NV];
-#pragma GCC unroll 3
-  for (int j = 0; j < NV; ++j) {
-    even[j] = load_as<A>(from[j] + at), odd[j] = load_as<A>(from[j] + at + kLanes<A>);
-    __builtin_prefetch(from[j] + soon, 0, 3);
-    __builtin_prefetch(from[j] + soon + kLanes<A>, 0, 3);
-    split(even[j], odd[j]);
-    store(x + j * kLanes<A>, even[j]);
-    store(x + ldx + j * kLanes<A>, odd[j]);
-  }
-  multiply_step<A, NV>(a, even, acc);
-  multiply_step<A, NV>(a + lda, odd, acc);
-}
-
 // Calls f(vectors, v) for panels of kCols vectors (the last ones narrower) that cover `width` voxels.
 template <class A, class F>
 inline void for_panels(int64_t width, F&& f) {
