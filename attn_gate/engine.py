@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attn_gate import eager, functional, reference, training
+from attn_gate import eager, functional, matrix_units, reference, training
 from attn_gate.eager import Parts
 from attn_gate.folding import FoldCache, fold, fold_layer, has_hooks, is_foldable
 from attn_gate.spec import Fusion, GateSpec
@@ -36,7 +36,12 @@ def fusion(
     if x is not None and spec.theta_padding == "same" and any(map(any, spec.theta_pads(x.shape[2:]))):
         unfused.append("theta")
     found = spec.fusion(unfused)
-    if x is None or not found.plan.startswith("chain"):
+    if x is None:
+        return found
+    if found.plan.startswith("whole") and recompute == "auto" and matrix_units.pay(x, parts):
+        reasons = ["PyTorch's bfloat16 convolutions have matrix units on this CPU", found.reason]
+        return Fusion(found.plan.replace("whole", "chain"), "; ".join(filter(None, reasons)))
+    if not found.plan.startswith("chain"):
         return found
     if training.serves(spec, parts, x, g, recompute):
         without = spec.fusion([name for name in unfused if name not in ("theta_norm", "phi_norm")])
