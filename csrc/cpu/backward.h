@@ -44,30 +44,17 @@ inline int64_t count_weight_panels(const Problem& p, const Layout& layout) {
   return layout.columns_x / layout.panel_x + (p.rows_g() + layout.panel_g - 1) / layout.panel_g;
 }
 
-// dx or dg rows [k0, k0 + rows) of the tile: out[k][v] = init + (W^T ds)[k][v]. `out` may hold the initial
-// value.
+// The first `rows` rows of dx or dg of the tile: out[k][v] = init + (W^T ds)[k][v]. `out` may hold the
+// initial value.
 template <bool Init, class T, class A>
-void project_back(const Worker<T>& work, const A* ds, int64_t k0, int64_t rows, int64_t len, A* out) {
+void project_back(const Worker<T>& work, const A* ds, bool of_x, int64_t rows, int64_t len, A* out) {
   const int64_t ld = work.ld, I = work.p.inter;
   for_panels<A>(len, [&](auto nv, int64_t at) {
     constexpr int NV = decltype(nv)::value;
     for (int64_t k = 0; k < rows; k += kRows) {
       const int some = int(smaller(kRows, rows - k));
       Vec<A> acc[kRows][NV] = {};
-      // Rows of W^T lie in blocks counted from row 0 of [x; g]; a block boundary inside these rows splits the
-      // product.
-      const int64_t row = k0 + k, block = row / kBlock<A> * kBlock<A>;
-      if (row - block + kRows <= kBlock<A>) {
-        multiply<A, NV>(work.packed.backward + block * I + (row - block), kBlock<A>, ds + at, ld, I, acc);
-      } else {
-        const A* w = work.packed.backward;
-        for (int64_t i = 0; i < I; ++i)
-          for (int r = 0; r < some; ++r) {
-            const int64_t b = (row + r) / kBlock<A> * kBlock<A>;
-            for (int j = 0; j < NV; ++j)
-              acc[r][j] += w[b * I + i * kBlock<A> + row + r - b] * load(ds + i * ld + at + j * kLanes<A>);
-          }
-      }
+      multiply<A, NV>(work.weights_back(of_x, k), kRows, ds + at, ld, I, acc);
       for (int r = 0; r < some; ++r)
         for (int j = 0; j < NV; ++j) {
           A* to = out + (k + r) * ld + at + j * kLanes<A>;
@@ -77,17 +64,16 @@ void project_back(const Worker<T>& work, const A* ds, int64_t k0, int64_t rows, 
   });
 }
 
-// The same for a map whose voxels lie side by side as in a tile, straight to memory: rows [k0, k0 + rows) are
-// its channels, and dy * alpha, if there is a dy, is added on the way.
+// The same for a map whose voxels lie side by side as in a tile, straight to memory: the rows are its
+// channels, and dy * alpha, if there is a dy, is added on the way.
 template <class T, class A>
-void project_back_to(const Worker<T>& work, const A* ds, int64_t k0, const Map& out, const Map& dy,
+void project_back_to(const Worker<T>& work, const A* ds, bool of_x, const Map& out, const Map& dy,
                      const A* alpha, int64_t n, int64_t v, int64_t len) {
   const int64_t ld = work.ld, I = work.p.inter, pitch = out.grid.voxels(), rows = out.channels;
   T* const to = sample_of<T>(out, n) + v;
   const T* const from = dy ? sample_of<T>(dy, n) + v : nullptr;
   for (int64_t k = 0; k < rows; k += kRows) {
     const int some = int(smaller(kRows, rows - k));
-    const int64_t row = k0 + k, block = row / kBlock<A> * kBlock<A>;
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       // Stores to lines that are still on their way would hold up the arithmetic.
@@ -97,7 +83,7 @@ void project_back_to(const Worker<T>& work, const A* ds, int64_t k0, const Map& 
           if (from) __builtin_prefetch(from + (k + r) * pitch + at + i, 0, 3);
         }
       Vec<A> acc[kRows][NV] = {};
-      multiply<A, NV>(work.packed.backward + block * I + (row - block), kBlock<A>, ds + at, ld, I, acc);
+      multiply<A, NV>(work.weights_back(of_x, k), kRows, ds + at, ld, I, acc);
       const bool whole = at + NV * kLanes<A> <= len;
       for (int r = 0; r < some; ++r) {
         const int64_t first = (k + r) * pitch + at;
@@ -115,10 +101,10 @@ void project_back_to(const Worker<T>& work, const A* ds, int64_t k0, const Map& 
     });
   }
 }
-// Whether `out` is such a map, and its rows of W^T lie in whole blocks from row k0 on.
+// Whether `out` is such a map.
 template <class T>
-bool in_rows(const Worker<T>& work, const Map& out, int64_t k0) {
-  return !out.channels_last && work.p.taps() == 1 && out.grid == work.p.coarse && k0 % kRows == 0;
+bool in_rows(const Worker<T>& work, const Map& out) {
+  return !out.channels_last && work.p.taps() == 1 && out.grid == work.p.coarse;
 }
 
 // Where the tile from voxel v of sample n on comes among all tiles.
@@ -197,8 +183,8 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
   std::optional<Resizer<A>> alpha_resize;
   if (apply && !same && p.dfine) alpha_resize.emplace(p.alpha_resize, p.coarse, p.fine, true);
   const bool direct_dx =
-      p.dx && p.uses_x() && in_rows(work, p.dx, 0) && !(apply && (!same || p.dy.channels_last));
-  const bool direct_dg = p.dg && in_rows(work, p.dg, p.rows_x());
+      p.dx && p.uses_x() && in_rows(work, p.dx) && !(apply && (!same || p.dy.channels_last));
+  const bool direct_dg = p.dg && in_rows(work, p.dg);
   // Then dy is read where it lies; else a tile of it becomes one of dx.
   const bool dy_in_tile = apply && same && (p.dy.channels_last || (p.dx && !direct_dx));
   Buffer<A> alpha(ld), dlogit(ld), line(p.fine.w), ds(Ip * ld), dy(dy_in_tile ? C * ld : 0);
@@ -320,20 +306,21 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
 
     // dg, then dx: the tile's input rows are free now
     if (direct_dg) {
-      project_back_to<T, A>(work, ds_g, p.rows_x(), p.dg, Map(), nullptr, n, v, len);
+      project_back_to<T, A>(work, ds_g, false, p.dg, Map(), nullptr, n, v, len);
     } else if (p.dg) {
       A* out = work.rows + p.rows_x() * ld;
-      project_back<false>(work, static_cast<const A*>(ds_g), p.rows_x(), p.rows_g(), len, out);
+      project_back<false>(work, static_cast<const A*>(ds_g), false, p.rows_g(), len, out);
       store_tile<false, T>(p.dg, work.flat, n, v, end, static_cast<const A*>(out), ld);
     }
     if (direct_dx) {
-      project_back_to<T, A>(work, ds, 0, p.dx, p.dy, alpha, n, v, len);
+      project_back_to<T, A>(work, ds, true, p.dx, p.dy, alpha, n, v, len);
     } else if (p.dx) {
       if (apply && same) {
-        if (p.uses_x()) project_back<true>(work, static_cast<const A*>(ds), 0, C, len, static_cast<A*>(dy));
+        if (p.uses_x())
+          project_back<true>(work, static_cast<const A*>(ds), true, C, len, static_cast<A*>(dy));
         store_tile<false, T>(p.dx, work.flat, n, v, end, static_cast<const A*>(dy), ld);
       } else if (p.uses_x()) {  // onto dy * resize(alpha), or onto zeros, that is there already
-        project_back<false>(work, static_cast<const A*>(ds), 0, p.rows_x(), len, work.rows);
+        project_back<false>(work, static_cast<const A*>(ds), true, p.rows_x(), len, work.rows);
         store_tile<true, T>(p.dx, work.patches, n, v, end, static_cast<const A*>(work.rows), ld);
       }
     }

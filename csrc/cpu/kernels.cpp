@@ -39,7 +39,7 @@ Layout layout_of(const Problem& p, bool backward) {
                               : panel;
   const Packed<A> packed(p, backward);
   l.packed_elements = packed.elements();
-  l.pack_units = packed.inter / kBlock<A> + (backward ? packed.depth / kBlock<A> : 0) + 1;
+  l.pack_units = packed.inter / kBlock<A> + (backward ? (packed.rows_x + packed.rows_g) / kBlock<A> : 0) + 1;
   l.weight_rows = packed.inter;
   l.panel_x = panel_width(p.rows_x());
   l.panel_g = panel_width(p.rows_g());

@@ -12,17 +12,36 @@ namespace {
 // Where the packed pieces of the workspace lie.
 template <class A>
 struct Packed {
-  A *forward, *backward, *bias, *psi;
-  int64_t inter, depth;  // I and K, as packed: whole blocks
+  A *forward, *backward, *bias, *psi;  // W in [I / kRows][K][kRows], W^T in [K / kRows][I][kRows], [I], [I]
+  int64_t inter, rows_x, rows_g;       // as packed: whole blocks
   Packed(const Problem& p, bool with_backward)
-      : inter(round_up(p.inter, kBlock<A>)), depth(round_up(p.depth(), kBlock<A>)) {
+      : inter(round_up(p.inter, kBlock<A>)), rows_x(round_up(p.rows_x(), kBlock<A>)),
+        rows_g(round_up(p.rows_g(), kBlock<A>)) {
     forward = static_cast<A*>(p.packed);
     backward = forward + inter * p.depth();
-    bias = backward + (with_backward ? depth * p.inter : 0);
+    bias = backward + (with_backward ? (rows_x + rows_g) * p.inter : 0);
     psi = bias + inter;
   }
   int64_t elements() const { return psi + inter - forward; }
 };
+
+// to[r / kRows * pitch + k * kRows + r % kRows] = rows[r * depth + k] for the rows r < count <= kBlock: a
+// micro-kernel's rows side by side, so that a pass over them reads whole cache lines.
+template <class A>
+void pack_rows(const A* rows, int64_t depth, int64_t count, A* to, int64_t pitch) {
+  constexpr int B = kBlock<A>;
+  if constexpr (B == kRows) return transpose(rows, depth, count, depth, to, B);
+  constexpr int64_t step = 4 * B;
+  A columns[step * B];
+  for (int64_t k = 0; k < depth; k += step) {
+    const int64_t some = smaller(step, depth - k);
+    transpose(rows + k, depth, count, some, columns, B);
+    for (int64_t r = 0; r < count; r += kRows)
+      for (int64_t c = 0; c < some; ++c)
+        for (int64_t q = 0; q < kRows && r + q < count; ++q)
+          to[r / kRows * pitch + (k + c) * kRows + q] = columns[c * B + r + q];
+  }
+}
 
 // Unit u packs one block of rows: first those of W (for s), then those of W^T (for dx, dg), then bias and
 // psi.
@@ -30,35 +49,28 @@ template <class A>
 void pack_unit(const Problem& p, bool backward, int64_t u) {
   Packed<A> to(p, backward);
   constexpr int B = kBlock<A>;
-  const int64_t K = p.depth(), I = p.inter, forward_units = to.inter / B, rows_x = p.rows_x();
-  auto source = [&](int64_t i, int64_t k) {
-    return k < rows_x ? static_cast<const A*>(p.theta_weight)[i * rows_x + k]
-                      : static_cast<const A*>(p.phi_weight)[i * (K - rows_x) + k - rows_x];
-  };
-  if (u < forward_units) {
+  const int64_t K = p.depth(), I = p.inter, rows_x = p.rows_x();
+  const A *theta = static_cast<const A*>(p.theta_weight), *phi = static_cast<const A*>(p.phi_weight);
+  if (u < to.inter / B) {
     const int64_t i0 = u * B, rows = smaller(B, I - i0);
     A* dst = to.forward + i0 * K;
-    for (int64_t k = 0; rows < B && k < K; ++k)
-      for (int64_t r = rows; r < B; ++r) dst[k * B + r] = A(0);
-    if (rows_x) transpose(static_cast<const A*>(p.theta_weight) + i0 * rows_x, rows_x, rows, rows_x, dst, B);
-    if (K > rows_x)
-      transpose(static_cast<const A*>(p.phi_weight) + i0 * (K - rows_x), K - rows_x, rows, K - rows_x,
-                dst + rows_x * B, B);
+    for (int64_t r = rows; r < B; ++r)
+      for (int64_t k = 0; k < K; ++k) dst[(r / kRows * K + k) * kRows + r % kRows] = A(0);
+    if (rows_x) pack_rows(theta + i0 * rows_x, rows_x, rows, dst, K * kRows);
+    if (K > rows_x) pack_rows(phi + i0 * (K - rows_x), K - rows_x, rows, dst + rows_x * kRows, K * kRows);
     return;
   }
-  u -= forward_units;
-  if (backward && u < to.depth / B) {
-    const int64_t k0 = u * B;
-    A* dst = to.backward + k0 * I;
-    const int64_t width = k0 < rows_x ? rows_x : K - rows_x, from = k0 < rows_x ? k0 : k0 - rows_x;
-    const A* rows = static_cast<const A*>(k0 < rows_x ? p.theta_weight : p.phi_weight);
-    const bool whole = from + B <= width;  // all of one weight
-    for (int64_t i = 0; i < I; ++i) {
-      if (whole) {
-        std::memcpy(dst + i * B, rows + i * width + from, B * sizeof(A));
-        continue;
-      }
-      for (int64_t r = 0; r < B; ++r) dst[i * B + r] = k0 + r < K ? source(i, k0 + r) : A(0);
+  const int64_t k0 = u * B - to.inter;
+  if (backward && k0 < to.rows_x + to.rows_g) {
+    const bool of_x = k0 < to.rows_x;
+    const A* weight = of_x ? theta : phi;
+    const int64_t width = of_x ? rows_x : K - rows_x, first = of_x ? k0 : k0 - to.rows_x;
+    for (int64_t b = 0; b < B; b += kRows) {
+      const int64_t from = first + b, some = smaller(kRows, width - from);
+      A* dst = to.backward + (k0 + b) * I;
+      for (int64_t i = 0; i < I; ++i)
+        for (int64_t r = 0; r < kRows; ++r)
+          dst[i * kRows + r] = r < some ? weight[i * width + from + r] : A(0);
     }
     return;
   }
@@ -113,9 +125,11 @@ struct Worker {
   Worker(const Problem& p_, const Layout& layout, bool backward)
       : p(p_), ld(layout.tile), packed(p_, backward),
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
-        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)),
-        tiles(backward ? (p_.hides_memory() ? 2 : 1) : 3), input(tiles * p_.depth() * layout.tile),
-        rows(input), given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
+        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)), tiles(p_.y && !p_.applies_later() ? 3
+                                                                           : p_.hides_memory()         ? 2
+                                                                                                       : 1),
+        input(tiles * p_.depth() * layout.tile), rows(input),
+        given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
   }
 
@@ -188,9 +202,10 @@ struct Worker {
   }
 
   // W's rows [i, i + kRows) from column k0 on.
-  const A* weights(int64_t i, int64_t k0) const {
-    const int64_t block = i / kBlock<A> * kBlock<A>;
-    return packed.forward + block * p.depth() + (i - block) + k0 * kBlock<A>;
+  const A* weights(int64_t i, int64_t k0) const { return packed.forward + i * p.depth() + k0 * kRows; }
+  // W^T's rows [k, k + kRows) of those of x or of g.
+  const A* weights_back(bool of_x, int64_t k) const {
+    return packed.backward + ((of_x ? 0 : packed.rows_x) + k) * p.inter;
   }
   // acc += W's rows [i, i + kRows), columns [k0, k0 + depth), times these rows of the tile, NV vectors of
   // voxels from v on. Between steps of the depth, `aside` does a little of something else.
@@ -201,7 +216,7 @@ struct Worker {
     Vec<A> sums[kRows][NV];
     copy<A, NV>(acc, sums);
     for (int64_t k = 0; k < depth; k += kStep) {
-      multiply<A, NV>(w + k * kBlock<A>, kBlock<A>, x + k * ld, ld, smaller(kStep, depth - k), sums);
+      multiply<A, NV>(w + k * kRows, kRows, x + k * ld, ld, smaller(kStep, depth - k), sums);
       aside.step();
     }
     copy<A, NV>(sums, acc);
