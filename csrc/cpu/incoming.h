@@ -41,19 +41,19 @@ class Incoming {
   // Adds the voxels [v0, v1) of sample n, at most kVoxels, of a part that is in rows or in pairs.
   void add(const Part& part, int64_t n, int64_t v0, int64_t v1, A* to) {
     if (v0 >= v1) return;
-    Of& of = of_[parts_];
-    of.from = sample_of<T>(part.map, n);
-    of.to = to;
-    of.channels = part.map.channels;
-    of.pitch = part.map.grid.voxels();
-    of.map = part.patches.map;
-    of.kernel = part.patches.kernel;
-    of.pairs = !part.in_rows();
-    of.len = v1 - v0;
-    for (int64_t j = 0; j * kLanes<A> < of.len; ++j)
+    Source& source = sources_[parts_];
+    source.from = sample_of<T>(part.map, n);
+    source.to = to;
+    source.channels = part.map.channels;
+    source.pitch = part.map.grid.voxels();
+    source.map = part.patches.map;
+    source.kernel = part.patches.kernel;
+    source.pairs = !part.in_rows();
+    source.len = v1 - v0;
+    for (int64_t j = 0; j * kLanes<A> < source.len; ++j)
       at_[parts_][j] = first_voxel(part.patches, v0 + j * kLanes<A>);
     ++parts_;
-    rows_ += of.channels * of.kernel.d * of.kernel.h;
+    rows_ += source.channels * source.kernel.d * source.kernel.h;
   }
   // Divides the work by the number of times that step() will be called.
   void over(int64_t calls) {
@@ -71,7 +71,7 @@ class Incoming {
 
  private:
   static constexpr int64_t kLead = 4;
-  struct Of {
+  struct Source {
     const T* from;
     A* to;
     int64_t channels, pitch, len;
@@ -84,13 +84,14 @@ class Incoming {
   };
   // Where the row (or pair of rows) at a cursor lies, from `at` on; and on to the next one.
   inline __attribute__((always_inline)) const T* take(Cursor& cursor) const {
-    const Of& of = of_[cursor.part];
-    const T* from = of.from + cursor.c * of.pitch + (cursor.d * of.map.h + cursor.h) * of.map.w;
-    if (++cursor.h < of.kernel.h) return from;
+    const Source& source = sources_[cursor.part];
+    const T* from =
+        source.from + cursor.c * source.pitch + (cursor.d * source.map.h + cursor.h) * source.map.w;
+    if (++cursor.h < source.kernel.h) return from;
     cursor.h = 0;
-    if (++cursor.d < of.kernel.d) return from;
+    if (++cursor.d < source.kernel.d) return from;
     cursor.d = 0;
-    if (++cursor.c < of.channels) return from;
+    if (++cursor.c < source.channels) return from;
     cursor.c = 0;
     ++cursor.part;
     return from;
@@ -100,39 +101,39 @@ class Incoming {
     copy();
   }
   inline __attribute__((always_inline)) void fetch() {
-    const Of& of = of_[fetched_.part];
+    const Source& source = sources_[fetched_.part];
     const int64_t* at = at_[fetched_.part];
     const T* from = take(fetched_);
-    for (int64_t j = 0; j * kLanes<A> < of.len; ++j) {
+    for (int64_t j = 0; j * kLanes<A> < source.len; ++j) {
       __builtin_prefetch(from + at[j], 0, 3);
-      if (of.pairs) __builtin_prefetch(from + at[j] + kLanes<A>, 0, 3);
+      if (source.pairs) __builtin_prefetch(from + at[j] + kLanes<A>, 0, 3);
     }
   }
   inline __attribute__((always_inline)) void copy() {
-    Of& of = of_[copied_.part];
+    Source& source = sources_[copied_.part];
     const int64_t* at = at_[copied_.part];
     const T* from = take(copied_);
-    A* to = of.to;
-    if (of.pairs) {
-      for (int64_t j = 0; j * kLanes<A> < of.len; ++j, to += kLanes<A>) {
+    A* to = source.to;
+    if (source.pairs) {
+      for (int64_t j = 0; j * kLanes<A> < source.len; ++j, to += kLanes<A>) {
         Vec<A> even = load_as<A>(from + at[j]), odd = load_as<A>(from + at[j] + kLanes<A>);
         split(even, odd);
         store(to, even);
         store(to + ld_, odd);
       }
-      of.to += 2 * ld_;
+      source.to += 2 * ld_;
       return;
     }
     from += at[0];
     int64_t i = 0;
-    for (; i + kLanes<A> <= of.len; i += kLanes<A>) store(to + i, load_as<A>(from + i));
-    if (i < of.len) {
-      for (int64_t l = 0; l < kLanes<A>; ++l) to[i + l] = i + l < of.len ? to_acc(from[i + l]) : A(0);
+    for (; i + kLanes<A> <= source.len; i += kLanes<A>) store(to + i, load_as<A>(from + i));
+    if (i < source.len) {
+      for (int64_t l = 0; l < kLanes<A>; ++l) to[i + l] = i + l < source.len ? to_acc(from[i + l]) : A(0);
     }
-    of.to += ld_;
+    source.to += ld_;
   }
 
-  Of of_[2];
+  Source sources_[2];
   int parts_ = 0;
   Cursor copied_, fetched_;
   int64_t ld_ = 0, rows_ = 0, some_ = 0;

@@ -24,19 +24,17 @@ void with_dtype(DType t, F&& f) {
 template <class A>
 Layout layout_of(const Problem& p, bool backward) {
   Layout l;
-  // Large projections go by one or two panels of the micro-kernel, which stay in a core's caches whatever the
-  // depth; two where they do, since longer runs of memory come faster.
-  // Elsewhere long rows make long runs of memory, and in backward deep products of the weight gradient, while
-  // all that a tile goes through should stay in L2.
+  // Large projections go by panels of the micro-kernel, which stay in a core's caches; shallow ones by two at
+  // a time, for longer runs of memory. Elsewhere long rows make long runs of memory, and in backward deep
+  // products of the weight gradient, while all that a tile goes through should stay in L2.
   constexpr int64_t panel = 48, size = sizeof(A);
   const int64_t rows = p.depth() + p.x.channels + 2 * p.inter, voxels = p.coarse.voxels();
   const int64_t fits = (int64_t(1536) << 10) / size / (rows > 0 ? rows : 1);
   const int64_t most = fits < 96 ? 96 : fits > 384 ? 384 : fits;
   const int64_t tiles = voxels > 0 ? (voxels + most - 1) / most : 1;
   const bool by_panels = !backward && p.hides_memory();
-  l.tile = !by_panels         ? round_up(voxels > 0 ? (voxels + tiles - 1) / tiles : 1, panel)
-           : p.depth() <= 256 ? 2 * panel
-                              : panel;
+  l.tile = by_panels ? (p.depth() <= 256 ? 2 : 1) * panel
+                     : round_up(voxels > 0 ? (voxels + tiles - 1) / tiles : 1, panel);
   const Packed<A> packed(p, backward);
   l.packed_elements = packed.elements();
   l.pack_units = packed.inter / kBlock<A> + (backward ? (packed.rows_x + packed.rows_g) / kBlock<A> : 0) + 1;

@@ -116,7 +116,7 @@ struct Worker {
   const Patches patches;  // of x on the coarse grid
   const Patches flat;     // the coarse grid on itself
   const bool has_given;   // theta, phi or a stored s
-  const int tiles;        // whose input is held: this one, the next one, and in forward the one before
+  const int tiles;        // whose input is held: this one, the next one, the one before if its y is to come
   Buffer<A> input;        // [tiles][K][ld]: patches of x, then g
   A* rows;                // this tile's of them
   Buffer<A> given;        // [I][ld]
@@ -125,14 +125,16 @@ struct Worker {
   Worker(const Problem& p_, const Layout& layout, bool backward)
       : p(p_), ld(layout.tile), packed(p_, backward),
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
-        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)), tiles(p_.y && !p_.applies_later() ? 3
-                                                                           : p_.hides_memory()         ? 2
-                                                                                                       : 1),
+        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)), tiles(tiles_held(p_)),
         input(tiles * p_.depth() * layout.tile), rows(input),
         given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
   }
 
+  static int tiles_held(const Problem& p) {
+    if (!p.hides_memory()) return 1;
+    return p.y && !p.applies_later() ? 3 : 2;
+  }
   // Where the next tile's input goes.
   A* next_rows() const {
     A* next = rows + p.depth() * ld;
