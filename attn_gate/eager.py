@@ -8,6 +8,7 @@ work.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from attn_gate import reference
 from attn_gate.spec import GateSpec
+
+Run = Callable[[nn.Module, Tensor], Tensor]
 
 
 class Parts(Protocol):
@@ -45,14 +48,14 @@ def attention(spec: GateSpec, parts: Parts, x: Tensor, g: Tensor) -> Tensor:
     return finish_logits(spec, parts.psi_norm, logits)
 
 
-def project_x(spec: GateSpec, parts: Parts, x: Tensor, g: Tensor) -> Tensor:
-    """theta with its norm, [N, I, *R]."""
-    return _normed(parts.theta_norm, call(parts.theta, pad(spec, input_of_theta(spec, x, g))))
+def project_x(spec: GateSpec, parts: Parts, x: Tensor, g: Tensor, run: Run | None = None) -> Tensor:
+    """theta with its norm, [N, I, *R]; run: as in `call`."""
+    return _normed(parts.theta_norm, call(parts.theta, pad(spec, input_of_theta(spec, x, g)), run))
 
 
-def project_g(spec: GateSpec, parts: Parts, g: Tensor) -> Tensor:
-    """phi with its transposed convolution and norm, before the resize, [N, I, *Q']."""
-    phi = call(parts.phi, g)
+def project_g(spec: GateSpec, parts: Parts, g: Tensor, run: Run | None = None) -> Tensor:
+    """phi with its transposed convolution and norm, before the resize, [N, I, *Q']; run: as in `call`."""
+    phi = call(parts.phi, g, run)
     if parts.phi_tail is not None:
         phi = call(parts.phi_tail, phi)
         # With stride 2 a kernel of 3 makes one voxel more than "same" keeps: the last.
@@ -91,11 +94,14 @@ def weigh(spec: GateSpec, x: Tensor, alpha: Tensor) -> Tensor:
     return reference.apply_attention(x, alpha, alpha_resize=kernel_resize(spec.alpha_resize))
 
 
-def transform(parts: Parts, y: Tensor) -> Tensor:
-    """The output transform of y, in y's dtype (autocast's under autocast); y itself where there is none."""
+def transform(parts: Parts, y: Tensor, run: Run | None = None) -> Tensor:
+    """The output transform of y, in y's dtype (autocast's under autocast); y itself where there is none.
+
+    run: as in `call`.
+    """
     if parts.W is None:
         return y
-    transformed = call(parts.W, y)
+    transformed = call(parts.W, y, run)
     return transformed.to(y.dtype) if reference.autocast_dtype(y) is None else transformed
 
 
@@ -124,12 +130,15 @@ def kernel_resize(mode: str) -> str:
     return "linear" if mode == "none" else mode
 
 
-def call(layer: nn.Module, t: Tensor) -> Tensor:
-    """layer(t) with t in the dtype of the layer's parameters, except under autocast, which casts itself."""
+def call(layer: nn.Module, t: Tensor, run: Run | None = None) -> Tensor:
+    """layer(t) with t in the dtype of the layer's parameters, except under autocast, which casts itself.
+
+    run: another way to have layer(t).
+    """
     parameter = next(layer.parameters(), None)
     if parameter is not None and reference.autocast_dtype(t) is None:
         t = t.to(parameter.dtype)
-    return layer(t)
+    return layer(t) if run is None else run(layer, t)
 
 
 def _normed(norm: nn.Module | None, t: Tensor) -> Tensor:

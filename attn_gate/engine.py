@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attn_gate import eager, functional, matrix_units, reference, training
+from attn_gate import eager, functional, matrix_units, pointwise, reference, training
 from attn_gate.eager import Parts
 from attn_gate.folding import FoldCache, fold, fold_layer, has_hooks, is_foldable
 from attn_gate.spec import Fusion, GateSpec
@@ -85,16 +85,16 @@ def _transform(spec: GateSpec, parts: Parts, y: Tensor) -> Tensor:
     """The output transform, a batch norm that is an affine map folded into its convolution: one pass less."""
     W = parts.W
     if type(W) is not nn.Sequential or len(W) != 2 or has_hooks(W):
-        return eager.transform(parts, y)
+        return eager.transform(parts, y, pointwise.call)
     conv, norm = W
     if not _is_plain(spec, conv) or not is_foldable(norm):
-        return eager.transform(parts, y)
+        return eager.transform(parts, y, lambda W, y: norm(pointwise.call(conv, y)))
     statistics = norm.running_mean, norm.running_var
     folded = fold(conv.weight, conv.bias, norm.weight, norm.bias, *statistics, norm.eps)
     weight, bias = (t.to(conv.weight.dtype) for t in folded)
     if reference.autocast_dtype(y) is not None:
-        return conv._conv_forward(y, weight, bias)
-    return conv._conv_forward(y.to(weight.dtype), weight, bias).to(y.dtype)
+        return pointwise.convolve(conv, y, weight, bias)
+    return pointwise.convolve(conv, y.to(weight.dtype), weight, bias).to(y.dtype)
 
 
 def _whole(
@@ -124,7 +124,8 @@ def _whole(
 def _chain(
     spec: GateSpec, parts: Parts, x: Tensor, g: Tensor, logits: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    theta, phi = eager.project_x(spec, parts, x, g), eager.project_g(spec, parts, g)
+    theta = eager.project_x(spec, parts, x, g, pointwise.call)
+    phi = eager.project_g(spec, parts, g, pointwise.call)
     if torch.is_grad_enabled() and (theta.requires_grad or phi.requires_grad):
         # Added here the operator keeps one map of I channels for its backward pass, not two.
         theta, phi = eager.combine(spec, theta, phi), None

@@ -44,7 +44,7 @@ from attn_gate.bench.registry import CONFIGS, MODES, Config, NetworkConfig, sele
 from attn_gate.bench.results import Results, Row, read
 from attn_gate.bench.summary import summarise
 
-from attn_gate import backends, fuse_gates
+from attn_gate import backends, fuse_gates, pointwise
 from attn_gate import cli as commands
 from attn_gate.page import theme
 
@@ -480,7 +480,8 @@ class TestNetworks:
         assert found == {"eager": "measured", "attn_gate": "failed"}
         assert "not all gates were fused: gates.0" in capsys.readouterr().out
 
-    def test_gates_that_only_training_leaves_alone_count_as_fused(self):
+    def test_gates_that_only_training_leaves_alone_count_as_fused(self, monkeypatch):
+        monkeypatch.setattr(pointwise, "_HAS_MKL", False)
         net = network_case.NetworkCase(NetworkConfig("net-lee", "tiny", "lee", (16, 16))).fused()
         assert len(fuse_gates(net.train()).skipped) == 2
 

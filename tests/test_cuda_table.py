@@ -33,7 +33,10 @@ def test_traffic(written):
     for key, traffic in counted.items():
         assert traffic.ratio <= (1.10 if key[0] == "gate_forward" else 1.15), (key, traffic)
         assert traffic.passes <= 1.7, (key, traffic)
-        assert tuple(written[key][4:7]) == traffic.written(), (key, traffic)
+        ratio, shared, passes = map(float, written[key][4:7])
+        assert shared == traffic.shared, (key, traffic)
+        # Passes change a little with the address that the host gives to shared memory.
+        assert abs(ratio - traffic.ratio) < 0.001 and abs(passes - traffic.passes) < 0.02, (key, traffic)
 
 
 @pytest.mark.slow

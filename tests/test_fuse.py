@@ -490,9 +490,14 @@ def test_the_report_of_the_eager_backend(net):
     assert [gate.backend for gate in report.gates] == ["eager", "eager"]
 
 
-def test_deep_gates_are_left_alone_in_training_mode():
+def test_deep_gates_are_left_alone_in_training_mode_unless_their_projections_are_products(monkeypatch):
     gate = LeeGate(512, 512, 256).train()
+    monkeypatch.setattr(attn_gate.pointwise, "_HAS_MKL", True)
     report = fuse.fuse_gates(gate)
+    assert report.fused[""].startswith(
+        "sum to logits, and the product where maps are large; left to PyTorch's"
+    )
+    monkeypatch.setattr(attn_gate.pointwise, "_HAS_MKL", False)
     assert not report.fused and "PyTorch's layers are the faster way" in report.skipped[""]
     gate.eval()
     assert report.fused[""] == "whole gate, one operator"

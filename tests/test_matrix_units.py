@@ -7,13 +7,14 @@ import copy
 import pytest
 import torch
 
-from attn_gate import AttentionGate, matrix_units
+from attn_gate import AttentionGate, matrix_units, pointwise
 
 
 @pytest.fixture(autouse=True)
 def _units(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(matrix_units, "AVAILABLE", True)
+    monkeypatch.setattr(pointwise, "_HAS_MKL", True)
 
 
 def bare(channels: int, size: int = 8, **options):
@@ -23,9 +24,18 @@ def bare(channels: int, size: int = 8, **options):
     return gate, torch.randn(2, channels, size, size).bfloat16()
 
 
-@pytest.mark.parametrize(("channels", "plan"), [(512, "chain"), (256, "whole")])
-def test_they_take_large_projections(channels, plan, monkeypatch):
+@pytest.mark.parametrize(
+    ("channels", "layout", "plan"),
+    [
+        (512, "channels_last", "chain"),
+        (256, "channels_last", "whole"),
+        (256, "contiguous_format", "chain"),
+        (64, "contiguous_format", "whole"),
+    ],
+)
+def test_they_take_large_projections(channels, layout, plan, monkeypatch):
     gate, x = bare(channels)
+    x = x.contiguous(memory_format=getattr(torch, layout))
     assert gate.fusion(x, x).plan == plan
     assert gate.fusion(x.float(), x.float()).plan == "whole"
     with torch.autocast("cpu", torch.bfloat16):
@@ -73,7 +83,8 @@ def test_it_compiles():
 
 
 @pytest.mark.parametrize(("dtype", "plan"), [(torch.bfloat16, "chain_logits"), (torch.float32, "eager")])
-def test_behind_batch_norms_that_pytorch_keeps_the_rest_is_fused(dtype, plan):
+def test_behind_batch_norms_that_pytorch_keeps_the_rest_is_fused(dtype, plan, monkeypatch):
+    monkeypatch.setattr(pointwise, "_HAS_MKL", False)
     gate = AttentionGate(256, 256, preset="same_grid").train()
     x = torch.empty(2, 256, 64, 64, dtype=dtype)
     assert gate.fusion(x, x).plan == plan

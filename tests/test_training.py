@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from attn_gate import AttentionGate, functional
+from attn_gate import AttentionGate, functional, pointwise
 from attn_gate.judge import judge
 from attn_gate.norms import BiasedBatchNorm
 
@@ -294,15 +294,19 @@ def test_keeps_one_channel():
     assert kept[1] < 1.5 * one_channel < kept[0] / 3
 
 
-def test_where_it_is_chosen():
-    """Folded where that pays; elsewhere, with gradients, by PyTorch's layers; `recompute` decides."""
+@pytest.mark.parametrize("products", [False, True])
+def test_where_it_is_chosen(products, monkeypatch):
+    """Folded where that pays; elsewhere by PyTorch's layers, and, where these can be products and maps aren't
+    small, the rest fused; `recompute` decides."""
+    monkeypatch.setattr(pointwise, "_HAS_MKL", products)
     big, deep, small = (2, 64, 192, 192), (2, 256, 64, 64), (2, 64, 32, 32)
-    for size, plan in ((big, "whole_moments"), (deep, "eager"), (small, "eager")):
+    deep_plan = "chain_logits" if products else "eager"
+    for size, plan in ((big, "whole_moments"), (deep, deep_plan), (small, "eager")):
         gate = AttentionGate(size[1], size[1], preset="same_grid").train()
         x = torch.empty(size)
         assert gate.fusion(x, x).plan == plan
         with torch.no_grad():
-            assert gate.fusion(x, x).plan == plan
+            assert gate.fusion(x, x).plan == ("eager" if size is deep else plan)
         for recompute, forced in ((True, "whole_moments"), (False, "chain_logits")):
             gate.recompute = recompute
             assert gate.fusion(x, x).plan == forced
