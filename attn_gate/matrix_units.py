@@ -15,19 +15,25 @@ from attn_gate.eager import Parts
 AVAILABLE: bool = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
-def serve(x: Tensor) -> bool:
-    """Whether these units would multiply maps such as x."""
-    return AVAILABLE and x.device.type == "cpu" and (reference.autocast_dtype(x) or x.dtype) == torch.bfloat16
+def serve(x: Tensor, parts: Parts) -> bool:
+    """Whether PyTorch's convolutions of such maps by these layers are bfloat16's, on such units."""
+    if not AVAILABLE or x.device.type != "cpu":
+        return False
+    weights = {parts.theta.weight.dtype, parts.phi.weight.dtype}
+    if (autocast := reference.autocast_dtype(x)) is not None:
+        return autocast == torch.bfloat16 and torch.float64 not in (x.dtype, *weights)
+    return weights == {torch.bfloat16}
 
 
 def pay(x: Tensor, parts: Parts) -> bool:
     """Whether a gate's projections are faster there, made and stored, than in the fused operators.
 
     By the multiply-adds for each voxel of theta's grid. Measured on 2 cores with AMX, time of inference and
-    of a step against that of the whole gate fused: 0.6 to 0.96 above 2^17, 1.0 to 4.4 at 2^16 and below;
-    where both projections are products (pointwise.py) 0.63 to 0.75 at 2^14 and 2^16, 1.05 and 1.5 at 2^12.
+    of a step against that of the whole gate fused: 0.6 to 0.96 from 2^17 on, 1.0 to 4.4 at 2^16 and below;
+    where theta is a product (pointwise.py) 0.63 to 0.75 at 2^14 and 2^16, 1.05 and 1.5 at 2^12.
     """
+    if not serve(x, parts):
+        return False
     norms = parts.theta_norm, parts.phi_norm  # which the whole gate folds
-    products = norms == (None, None) and pointwise.serves(parts.theta, x)
-    least = 2**14 if products else 2**17
-    return serve(x) and parts.theta.weight.numel() + parts.phi.weight.numel() >= least
+    product = norms == (None, None) and pointwise.serves(parts.theta, x)
+    return parts.theta.weight.numel() + parts.phi.weight.numel() >= (2**14 if product else 2**17)

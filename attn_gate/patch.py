@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from attn_gate import eager, engine, reference, training
 from attn_gate.backends import exporting_to_onnx
 from attn_gate.families import Layers, norm_kind
-from attn_gate.folding import FoldCache, has_hooks
+from attn_gate.folding import FoldCache, has_hooks, listened_globally
 from attn_gate.listening import LISTENER, tell
 from attn_gate.probe import Found, arrange
 
@@ -49,7 +48,7 @@ class FusedGate:
 
     def why_original(self, gate: nn.Module) -> str:
         """Why the gate runs its original forward now; empty while it runs fused."""
-        if not torch.compiler.is_compiling() and _listened_globally():
+        if not torch.compiler.is_compiling() and listened_globally():
             return "a hook on all modules (register_module_*_hook) waits for its layers to be called"
         dims = self.found.spec.spatial_dims
         count = 0
@@ -99,7 +98,10 @@ class FusedGate:
     def pays(self, gate: nn.Module, x: Tensor) -> bool:
         """Whether the fused operators are the faster way for maps of this size; takes and why_original say
         whether they are one at all."""
-        return not training.left_alone(layers_of(gate, self.paths), x, self.recompute)
+        parts = layers_of(gate, self.paths)
+        # Without autocast ours have x's dtype, PyTorch's layers the smaller one.
+        products = not _without_autocast(x, parts)
+        return not training.left_alone(parts, x, self.recompute, products)
 
     def maps(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """x and g of a call; None where it isn't made of those two."""
@@ -118,8 +120,7 @@ class FusedGate:
         spec, parts = self.found.spec, layers_of(gate, self.paths)
         options = {"backend": self.backend, "recompute": self.recompute, "cache": self.cache}
         autocast = reference.autocast_dtype(x)
-        if autocast is not None and parts.W is None and x.dtype != autocast:
-            # The product of x and a map in autocast's dtype has the wider one of both.
+        if _without_autocast(x, parts):
             x = x.to(torch.promote_types(x.dtype, autocast))
             with torch.autocast(x.device.type, enabled=False):
                 y, alpha = engine.run(spec, parts, x, g.to(x.dtype), **options)
@@ -129,6 +130,13 @@ class FusedGate:
         if self.found.returns != "y":
             alpha = alpha.to(x.dtype if autocast is None else autocast)
         return arrange(spec, self.found.returns, x, y, alpha)
+
+
+def _without_autocast(x: Tensor, parts: eager.Parts) -> bool:
+    """Whether a gate runs in x's dtype in spite of autocast: the product of x and a map in autocast's dtype
+    has the wider one of both."""
+    autocast = reference.autocast_dtype(x)
+    return autocast is not None and parts.W is None and x.dtype != autocast
 
 
 def patch(gate: nn.Module, state: FusedGate) -> None:
@@ -245,15 +253,6 @@ def _as_seen(now: type, seen: type, dims: int) -> bool:
 
 def _remark(layer: nn.Module) -> str:
     return " (parametrised)" if torch.nn.utils.parametrize.is_parametrized(layer) else ""
-
-
-def _listened_globally() -> bool:
-    return bool(
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
-    )
 
 
 def _heard(state: FusedGate, gate: nn.Module, original: Callable, args: tuple, kwargs: dict) -> Any:

@@ -9,44 +9,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attn_gate.folding import has_hooks
+from attn_gate.folding import has_hooks, listened_globally
 
 _HAS_MKL: bool = torch.backends.mkl.is_available()
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def serves(layer: nn.Module, x: Tensor) -> bool:
-    """Whether `layer` is a plain 1x1 convolution without hooks, and x a map that a product takes as it is."""
-    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or has_hooks(layer):
+def may_serve(layer: nn.Module) -> bool:
+    """Whether `layer` is a plain 1x1 convolution without hooks that may run as a product here and now.
+
+    Not under torch.compile, which has its own way with convolutions, nor in transforms of torch.func.
+    """
+    if not _HAS_MKL or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if not _HAS_MKL or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or has_hooks(layer) or listened_globally():
         return False
     ones, zeros = (1,) * len(layer.kernel_size), (0,) * len(layer.kernel_size)
     return (
         layer.kernel_size == layer.stride == ones
         and layer.groups == 1
         and layer.padding in ("valid", "same", zeros)
-        and x.dim() == len(ones) + 2
+    )
+
+
+def serves(layer: nn.Module, x: Tensor) -> bool:
+    """Whether layer(x) runs as a product: x is contiguous, and nothing is wrong with it."""
+    return (
+        may_serve(layer)
+        and x.device.type == "cpu"
+        and x.dim() == len(layer.kernel_size) + 2
         and x.shape[1] == layer.in_channels
         and x.numel() > 0
-        and not _is_channels_last(x)
+        and x.is_contiguous()
     )
 
 
 def convolve(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """layer(x), had it this weight and bias."""
-    if not serves(layer, x):
-        return layer._conv_forward(x, weight, bias)
-    rows, flat = weight.flatten(1).expand(x.shape[0], -1, -1), x.flatten(2)
-    y = torch.bmm(rows, flat) if bias is None else torch.baddbmm(bias[:, None], rows, flat)
-    return y.unflatten(2, x.shape[2:])
+    return _product(x, weight, bias) if serves(layer, x) else layer._conv_forward(x, weight, bias)
 
 
 def call(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x)."""
-    return convolve(layer, x, layer.weight, layer.bias) if serves(layer, x) else layer(x)
+    return _product(x, layer.weight, layer.bias) if serves(layer, x) else layer(x)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    layout = _CHANNELS_LAST.get(x.dim())
-    return layout is not None and x.is_contiguous(memory_format=layout) and not x.is_contiguous()
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows, flat = weight.flatten(1).expand(x.shape[0], -1, -1), x.flatten(2)
+    y = torch.bmm(rows, flat) if bias is None else torch.baddbmm(bias[:, None], rows, flat)
+    return y.unflatten(2, x.shape[2:])

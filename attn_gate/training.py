@@ -100,12 +100,14 @@ def pays(x: Tensor, parts: Parts) -> bool:
         return multiplications <= min(64, 2.5 * mebibytes) * x.element_size() / 4
     if not x.is_contiguous():
         mebibytes -= 12
-    most = 32 if matrix_units.serve(x) else 64
+    most = 32 if matrix_units.serve(x, parts) else 64
     return 3 * (rows_x + rows_g) / 20 <= min(most, 3 * mebibytes)
 
 
-def left_alone(parts: Parts, x: Tensor, recompute: str | bool = "auto") -> bool:
+def left_alone(parts: Parts, x: Tensor, recompute: str | bool = "auto", products: bool = True) -> bool:
     """Whether recompute="auto" leaves norms on statistics of these maps, and all behind them, to PyTorch.
+
+    products: whether projections may be made as products of matrices, where that is faster.
 
     On the CPU it does where `run` doesn't pay: fusing what follows such norms keeps as much for the backward
     pass as eager does, and took 0.7 to 1.05 times its speed in inference, 0.8 to 1.0 times in a training step
@@ -122,8 +124,9 @@ def left_alone(parts: Parts, x: Tensor, recompute: str | bool = "auto") -> bool:
     if batch := any(map(takes, norms)):
         if pays(x, parts):
             return False
-        products = pointwise.serves(parts.theta, x) and pointwise.serves(parts.phi, x)
-        if torch.is_grad_enabled() and x.numel() >= 2**18 and (products or matrix_units.serve(x)):
+        may_serve = pointwise.may_serve(parts.theta) and pointwise.may_serve(parts.phi)
+        faster = (may_serve and x.stride(1) != 1) or matrix_units.serve(x, parts)  # 1: channels last
+        if products and faster and torch.is_grad_enabled() and x.numel() >= 2**18:
             return False
     return batch or not torch.is_grad_enabled() or x.numel() * x.element_size() < 12 * 2**20
 

@@ -53,6 +53,7 @@ EDGES = (
 # Projections that the CPU kernels do by panels: whole ones, and rows of whole vectors.
 PANELS = (
     GateCase("whole panels", (7, 16), (7, 16), channels=120, gating=110, inter=17),
+    GateCase("whole panels, y aside", (47, 45), (47, 45), channels=40, gating=30, inter=33),
     GateCase("whole panels, patches", (7, 33), (3, 16), channels=40, gating=18, inter=17, **_PATCHES),
     GateCase("whole panels, patches 3D", (4, 4, 32), (2, 2, 16), channels=30, gating=9, inter=9, **_PATCHES),
 )

@@ -250,9 +250,9 @@ def test_pytest_benchmark_over_the_same_registry():
     chosen = ["-k", "size-32-inference and (attn_gate or limit)"]
     # In a worker of pytest-xdist, which this test may run in, pytest-benchmark measures nothing.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run([*command, *chosen], cwd=root, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
+    done = subprocess.run([*command, *chosen], cwd=root, env=env, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    assert b"2 passed" in done.stdout
 
 
 class TestArguments:

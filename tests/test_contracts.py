@@ -112,9 +112,9 @@ def test_grids_without_voxels(poison):
     assert found["d psi_weight"].count_nonzero() == 0
 
 
-@pytest.mark.parametrize("inter", [0, 2])
-@pytest.mark.parametrize("channels", [0, 2])
-@pytest.mark.parametrize("gating", [0, 3])
+@pytest.mark.parametrize("inter", [0, 2, 33])
+@pytest.mark.parametrize("channels", [0, 2, 64])
+@pytest.mark.parametrize("gating", [0, 3, 65])
 def test_no_channels(channels, gating, inter, poison):
     """A sum over nothing is 0."""
     x, g = torch.randn(2, channels, 4, 6), torch.randn(2, gating, 4, 6)

@@ -36,10 +36,12 @@ def bare(channels: int, size: int = 8, **options):
 def test_they_take_large_projections(channels, layout, plan, monkeypatch):
     gate, x = bare(channels)
     x = x.contiguous(memory_format=getattr(torch, layout))
-    assert gate.fusion(x, x).plan == plan
-    assert gate.fusion(x.float(), x.float()).plan == "whole"
+    assert gate.fusion(x, x).plan == "whole"  # its float32 weights would make float32 products
     with torch.autocast("cpu", torch.bfloat16):
         assert gate.fusion(x.float(), x.float()).plan == plan
+        assert gate.fusion(x.double(), x.double()).plan == "whole"
+    gate.bfloat16()
+    assert gate.fusion(x, x).plan == plan
     gate.recompute = True
     assert gate.fusion(x, x).plan == "whole"
     gate.recompute = "auto"
@@ -49,6 +51,7 @@ def test_they_take_large_projections(channels, layout, plan, monkeypatch):
 
 def test_the_reasons_are_told():
     gate, x = bare(512, normaliser="softmax")
+    gate.bfloat16()
     found = gate.fusion(x, x)
     assert found.plan == "chain_logits"
     assert "matrix units" in found.reason and "needs the whole map" in found.reason
@@ -85,7 +88,7 @@ def test_it_compiles():
 @pytest.mark.parametrize(("dtype", "plan"), [(torch.bfloat16, "chain_logits"), (torch.float32, "eager")])
 def test_behind_batch_norms_that_pytorch_keeps_the_rest_is_fused(dtype, plan, monkeypatch):
     monkeypatch.setattr(pointwise, "_HAS_MKL", False)
-    gate = AttentionGate(256, 256, preset="same_grid").train()
+    gate = AttentionGate(256, 256, preset="same_grid").train().to(dtype)
     x = torch.empty(2, 256, 64, 64, dtype=dtype)
     assert gate.fusion(x, x).plan == plan
 
@@ -93,10 +96,10 @@ def test_behind_batch_norms_that_pytorch_keeps_the_rest_is_fused(dtype, plan, mo
 @pytest.mark.parametrize(("units", "plan"), [(False, "whole_moments"), (True, "chain_logits")])
 def test_the_layers_that_pytorch_takes_over_are_more(units, plan, monkeypatch):
     monkeypatch.setattr(matrix_units, "AVAILABLE", units)
-    gate = AttentionGate(128, 128, 64, preset="same_grid").train()
+    gate = AttentionGate(128, 128, 64, preset="same_grid").train().bfloat16()
     x = torch.empty(2, 128, 128, 256, dtype=torch.bfloat16)
     assert gate.fusion(x, x).plan == plan
-    wide = AttentionGate(64, 64, 32, preset="same_grid").train()
+    wide = AttentionGate(64, 64, 32, preset="same_grid").train().bfloat16()
     x = torch.empty(2, 64, 256, 256, dtype=torch.bfloat16)
     assert wide.fusion(x, x).plan == "whole_moments"
 

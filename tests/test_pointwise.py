@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from attn_gate import AttentionGate, engine, pointwise
+from attn_gate import AttentionGate, pointwise
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -100,7 +100,8 @@ def test_hooks_are_called():
 
 def test_where_pytorch_is_better_it_is_pytorch(monkeypatch):
     layer, x = nn.Conv2d(8, 8, 1), torch.randn(2, 8, 4, 4)
-    assert not pointwise.serves(layer, x.to(memory_format=torch.channels_last))
+    last = x.to(memory_format=torch.channels_last)
+    assert not pointwise.serves(layer, last) and not pointwise.serves(nn.Conv2d(4, 8, 1), last[:, :4])
     assert not pointwise.serves(layer, torch.empty(2, 8, 4, 4, device="meta"))
     assert not pointwise.serves(layer, torch.empty(0, 8, 4, 4))
     monkeypatch.setattr(pointwise, "_HAS_MKL", False)
@@ -139,4 +140,32 @@ def test_the_eager_backend_calls_the_layers(products):
     gate = AttentionGate(8, 16, preset="keras")
     gate.backend = "eager"
     gate(torch.randn(2, 8, 16, 16), torch.randn(2, 16, 8, 8))
-    assert not products and engine.pointwise is pointwise
+    assert not products
+
+
+@pytest.mark.parametrize("preset", ["same_grid", "keras", "paper"])
+def test_gates_under_vmap(preset):
+    norms = dict.fromkeys(("theta_norm", "phi_norm", "psi_norm"), "none")
+    gate = AttentionGate(4, 4, preset=preset, **norms).eval()
+    x, g = torch.randn(3, 1, 4, 8, 8), torch.randn(3, 1, 4, 8, 8)
+    found = torch.func.vmap(lambda x, g: gate(x, g))(x, g)
+    torch.testing.assert_close(found, torch.stack([gate(a, b) for a, b in zip(x, g, strict=True)]))
+
+
+def test_hooks_on_all_modules_are_called():
+    layer, x, seen = nn.Conv2d(8, 8, 1), torch.randn(2, 8, 4, 4), []
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args))
+    try:
+        pointwise.call(layer, x)
+    finally:
+        handle.remove()
+    assert len(seen) == 1
+
+
+def test_an_output_convolution_without_a_norm(products):
+    gate = AttentionGate(8, 8, preset="same_grid", output="conv").eval()
+    x, g = torch.randn(2, 8, 8, 8), torch.randn(2, 8, 8, 8)
+    twin = copy.deepcopy(gate)
+    twin.backend = "eager"
+    torch.testing.assert_close(gate(x, g), twin(x, g))
+    assert len(products) == 1

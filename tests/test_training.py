@@ -303,7 +303,9 @@ def test_where_it_is_chosen(products, monkeypatch):
     deep_plan = "chain_logits" if products else "eager"
     for size, plan in ((big, "whole_moments"), (deep, deep_plan), (small, "eager")):
         gate = AttentionGate(size[1], size[1], preset="same_grid").train()
+        other = AttentionGate(size[1], size[1] // 2, preset="same_grid").train()
         x = torch.empty(size)
+        assert other.fusion(x, x[:, ::2].contiguous()).plan == plan
         assert gate.fusion(x, x).plan == plan
         with torch.no_grad():
             assert gate.fusion(x, x).plan == ("eager" if size is deep else plan)

@@ -3,8 +3,8 @@
 // A tile is a run of coarse voxels with all channels, held in cache. Registers hold kRows inter channels x
 // kCols vectors of voxels; psi's dot product is taken from them, so neither theta, phi nor q ever reaches
 // memory. Where the projections hide the memory's work, a tile is a panel of the product or two, and all else
-// is done aside, a few lines between two steps of the arithmetic: the next tile is loaded, and on one grid y
-// of the tile before is written. On two grids alpha goes to memory (it is an output), and `apply` multiplies
+// is done aside, a few lines between two steps of the arithmetic: the next tile is loaded, and y of the tile
+// before is written. Where y applies_later(), alpha goes to memory (it is an output), and `apply` multiplies
 // the fine rows in a second phase that the schedule runs while x is still in the last-level cache.
 #pragma once
 #include "preactivation.h"

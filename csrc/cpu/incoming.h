@@ -40,7 +40,7 @@ class Incoming {
   }
   // Adds the voxels [v0, v1) of sample n, at most kVoxels, of a part that is in rows or in pairs.
   void add(const Part& part, int64_t n, int64_t v0, int64_t v1, A* to) {
-    if (v0 >= v1) return;
+    if (v0 >= v1 || part.rows == 0) return;
     Source& source = sources_[parts_];
     source.from = sample_of<T>(part.map, n);
     source.to = to;

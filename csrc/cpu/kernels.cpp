@@ -26,7 +26,7 @@ Layout layout_of(const Problem& p, bool backward) {
   Layout l;
   // Large projections go by panels of the micro-kernel, which stay in a core's caches; shallow ones by two at
   // a time, for longer runs of memory. Elsewhere long rows make long runs of memory, and in backward deep
-  // products of the weight gradient, while all that a tile goes through should stay in L2.
+  // products of the weight gradient, while what a tile goes through should stay in L2.
   constexpr int64_t panel = 48, size = sizeof(A);
   const int64_t rows = p.depth() + p.x.channels + 2 * p.inter, voxels = p.coarse.voxels();
   const int64_t fits = (int64_t(1536) << 10) / size / (rows > 0 ? rows : 1);

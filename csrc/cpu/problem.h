@@ -132,7 +132,7 @@ struct Kernels {
   const char* name;
   Layout (*layout)(const Problem&, bool backward);
   void (*pack)(const Problem&, const Layout&, bool backward, int64_t begin, int64_t end);
-  // Coarse voxels [v0, v1) of sample n: logits -> alpha, and y too where the grids are equal.
+  // Coarse voxels [v0, v1) of sample n: logits -> alpha, and y too unless it applies_later().
   void (*forward)(const Problem&, const Layout&, int64_t n, int64_t v0, int64_t v1);
   // Fine rows [r0, r1) (row = (d, h)) of sample n: y = x * resize(alpha).
   void (*apply)(const Problem&, int64_t n, int64_t r0, int64_t r1);

@@ -1,6 +1,7 @@
 // Which thread does what, and in which order.
 //
-// On one grid a tile is independent: one parallel loop. Where alpha is resized to x's grid, the multiply
+// On one grid a tile is independent: one parallel loop, and one more for y where its channels fit on a page
+// (Problem::applies_later). Where alpha is resized to x's grid, the multiply
 // needs the neighbouring coarse rows and backward needs dfine of the neighbouring fine rows; so the work goes
 // in bands of tiles whose share of x stays in the last-level cache between the two phases of a band, and x
 // comes from memory once.
