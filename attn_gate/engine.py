@@ -6,8 +6,6 @@ of `eager.Parts`: AttentionGate is one, and a gate of another library seen throu
 
 from __future__ import annotations
 
-from functools import reduce
-
 import torch
 from torch import Tensor, nn
 
@@ -86,12 +84,11 @@ def run(
 def _transform(spec: GateSpec, parts: Parts, y: Tensor) -> Tensor:
     """The output transform, a batch norm that is an affine map folded into its convolution: one pass less."""
     W = parts.W
-    if type(W) is not nn.Sequential or not len(W) or has_hooks(W):
+    if type(W) is not nn.Sequential or len(W) != 2 or has_hooks(W):
         return eager.transform(parts, y, pointwise.call)
-    conv, *rest = W
-    if len(rest) != 1 or not _is_plain(spec, conv) or not is_foldable(rest[0]):
-        return eager.transform(parts, y, lambda _, y: reduce(lambda y, layer: pointwise.call(layer, y), W, y))
-    (norm,) = rest
+    conv, norm = W
+    if not _is_plain(spec, conv) or not is_foldable(norm):
+        return eager.transform(parts, y, pointwise.call)
     statistics = norm.running_mean, norm.running_var
     folded = fold(conv.weight, conv.bias, norm.weight, norm.bias, *statistics, norm.eps)
     weight, bias = (t.to(conv.weight.dtype) for t in folded)

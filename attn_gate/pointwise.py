@@ -21,7 +21,7 @@ def may_serve(layer: nn.Module) -> bool:
     """
     if not _HAS_MKL or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or has_hooks(layer) or listened_globally():
+    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or _is_watched(layer):
         return False
     ones, zeros = (1,) * len(layer.kernel_size), (0,) * len(layer.kernel_size)
     return (
@@ -49,8 +49,16 @@ def convolve(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def call(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x)."""
+    """layer(x); a plain nn.Sequential layer by layer."""
+    if type(layer) is nn.Sequential and not (torch.compiler.is_compiling() or _is_watched(layer)):
+        for part in layer:
+            x = call(part, x)
+        return x
     return _product(x, layer.weight, layer.bias) if serves(layer, x) else layer(x)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    return has_hooks(layer) or listened_globally()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
