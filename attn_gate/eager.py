@@ -40,11 +40,11 @@ def gate(spec: GateSpec, parts: Parts, x: Tensor, g: Tensor) -> tuple[Tensor, Te
     return transform(parts, weigh(spec, x, alpha)), alpha
 
 
-def attention(spec: GateSpec, parts: Parts, x: Tensor, g: Tensor) -> Tensor:
-    """alpha on the grid of theta, for x [N, C, *S] and g [N, G, *Q]."""
-    theta = project_x(spec, parts, x, g)
-    q = combine(spec, theta, project_g(spec, parts, g))
-    logits = call(parts.psi, reference.activate(q, spec.activation))
+def attention(spec: GateSpec, parts: Parts, x: Tensor, g: Tensor, run: Run | None = None) -> Tensor:
+    """alpha on the grid of theta, for x [N, C, *S] and g [N, G, *Q]; run: as in `call`."""
+    theta = project_x(spec, parts, x, g, run)
+    q = combine(spec, theta, project_g(spec, parts, g, run))
+    logits = call(parts.psi, reference.activate(q, spec.activation), run)
     return finish_logits(spec, parts.psi_norm, logits)
 
 
@@ -135,8 +135,10 @@ def call(layer: nn.Module, t: Tensor, run: Run | None = None) -> Tensor:
 
     run: another way to have layer(t).
     """
-    parameter = next(layer.parameters(), None)
-    if parameter is not None and reference.autocast_dtype(t) is None:
+    # A layer's own weight, which a parametrised one has not: layer.weight would compute that.
+    own = layer._parameters
+    parameter = own["weight"] if "weight" in own else next(layer.parameters(), None)
+    if parameter is not None and parameter.dtype != t.dtype and reference.autocast_dtype(t) is None:
         t = t.to(parameter.dtype)
     return layer(t) if run is None else run(layer, t)
 

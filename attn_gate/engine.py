@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from attn_gate import eager, functional, matrix_units, pointwise, reference, training
+from attn_gate.decisions import has_hooks
 from attn_gate.eager import Parts
-from attn_gate.folding import FoldCache, fold, fold_layer, has_hooks, is_foldable
+from attn_gate.folding import FoldCache, fold, fold_layer, is_foldable
 from attn_gate.spec import Fusion, GateSpec
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -60,15 +61,18 @@ def run(
     x: Tensor,
     g: Tensor,
     *,
+    plan: str,
     backend: str,
     recompute: str | bool,
     cache: FoldCache,
 ) -> tuple[Tensor, Tensor]:
     """The whole described gate: y [N, C, *S] (behind the output transform) and alpha [N, 1 or C, *R].
 
-    backend, recompute: as in AttentionGate. cache: keeps the folded batch norms of these parts.
+    plan: that of `fusion` for these maps. backend, recompute: as in AttentionGate; backend="eager" is plain
+    PyTorch, whatever the plan. cache: keeps the folded batch norms of these parts.
     """
-    plan = "eager" if backend == "eager" else fusion(spec, parts, x, g, recompute).plan
+    if backend == "eager":
+        return eager.gate(spec, parts, x, g)
     if plan == "whole_moments":
         y, alpha = training.run(spec, parts, x, g, backend=backend)
     elif plan.startswith("whole"):
@@ -76,9 +80,10 @@ def run(
     elif plan.startswith("chain"):
         y, alpha = _chain(spec, parts, x, g, plan == "chain_logits", backend)
     else:
-        alpha = eager.attention(spec, parts, x, g)
+        products = training.products_pay(parts, x)
+        alpha = eager.attention(spec, parts, x, g, pointwise.call if products else None)
         y = _weigh(spec, x, alpha, backend) if plan == "apply" else eager.weigh(spec, x, alpha)
-    return (eager.transform(parts, y) if backend == "eager" else _transform(spec, parts, y)), alpha
+    return _transform(spec, parts, y), alpha
 
 
 def _transform(spec: GateSpec, parts: Parts, y: Tensor) -> Tensor:

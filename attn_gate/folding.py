@@ -17,11 +17,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from attn_gate.decisions import has_hooks, is_traced
 from attn_gate.eager import Parts
 from attn_gate.norms import FOLDABLE
 
@@ -81,23 +79,6 @@ def is_foldable(norm: nn.Module | None) -> bool:
         and norm.running_mean is not None
         and norm.running_var is not None
         and not has_hooks(norm)
-    )
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    """Whether anybody waits for this layer to be called."""
-    return bool(
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    )
-
-
-def listened_globally() -> bool:
-    """Whether anybody waits for layers of any kind to be called."""
-    return bool(
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
     )
 
 
@@ -161,9 +142,7 @@ def _sources(parts: Parts) -> Iterator[Source]:
 
 def _may_keep(sources: tuple[Source, ...]) -> bool:
     """Whether a fold may be kept, and pays: plain CPU tensors, no gradient wanted, nobody traces."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_traced():
         return False
     grad, elements = torch.is_grad_enabled(), 0
     for s in sources:

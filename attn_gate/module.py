@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attn_gate import engine
+from attn_gate.decisions import Decisions
 from attn_gate.folding import FoldCache
 from attn_gate.listening import tell
 from attn_gate.norms import make_norm
@@ -89,7 +90,7 @@ class AttentionGate(nn.Module):
         self.in_channels, self.gating_channels, self.inter_channels = channels.values()
         self.backend = backend
         self.recompute = recompute
-        self._fold_cache = FoldCache()
+        self._decisions, self._fold_cache = Decisions(), FoldCache()
 
         conv = engine.CONVOLUTIONS[spec.spatial_dims]
         # The zeros of "same" aren't symmetric; eager.pad puts them.
@@ -157,9 +158,11 @@ class AttentionGate(nn.Module):
             TypeError: x or g isn't a floating tensor.
             ValueError: ranks, batches, channels, devices or grids don't fit.
         """
-        self._check(x, g)
+        backend, recompute = self.backend, self.recompute
+        layers, options = self._modules.items(), (backend, recompute)
+        plan = self._decisions.of(layers, x, g, options, lambda: self._plan(x, g))
         y, alpha = engine.run(
-            self.spec, self, x, g, backend=self.backend, recompute=self.recompute, cache=self._fold_cache
+            self.spec, self, x, g, plan=plan, backend=backend, recompute=recompute, cache=self._fold_cache
         )
         tell(self, alpha)
         return (y, alpha) if return_attention else y
@@ -175,6 +178,10 @@ class AttentionGate(nn.Module):
         channels = f"{self.in_channels}, {self.gating_channels}, {self.inter_channels}"
         dims, backend = f"spatial_dims={self.spec.spatial_dims}", f"backend={self.backend!r}"
         return ", ".join([channels, dims, *told, backend])
+
+    def _plan(self, x: Tensor, g: Tensor) -> str:
+        self._check(x, g)
+        return self.fusion(x, g).plan
 
     def _check(self, x: Tensor, g: Tensor) -> None:
         spec = self.spec

@@ -13,6 +13,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from attn_gate import eager, engine, reference, training
 from attn_gate.backends import exporting_to_onnx
+from attn_gate.decisions import Decisions, has_hooks, listened_globally
 from attn_gate.families import Layers, norm_kind
-from attn_gate.folding import FoldCache, has_hooks, listened_globally
+from attn_gate.folding import FoldCache
 from attn_gate.listening import LISTENER, tell
 from attn_gate.probe import Found, arrange
 
@@ -45,6 +47,7 @@ class FusedGate:
     recompute: str | bool
     layers: tuple[tuple[str, type], ...]  # path and class of every layer, as seen when the gate was fused
     cache: FoldCache = field(default_factory=FoldCache)
+    decisions: Decisions = field(default_factory=Decisions)
 
     def why_original(self, gate: nn.Module) -> str:
         """Why the gate runs its original forward now; empty while it runs fused."""
@@ -96,16 +99,20 @@ class FusedGate:
         return spec.phi_resize != "none" or theta == phi
 
     def pays(self, gate: nn.Module, x: Tensor) -> bool:
-        """Whether the fused operators are the faster way for maps of this size; takes and why_original say
-        whether they are one at all."""
+        """Whether the engine is the faster way for maps of this size; takes and why_original say whether it
+        is one at all."""
         parts = layers_of(gate, self.paths)
         # Without autocast ours have x's dtype, PyTorch's layers the smaller one.
         products = not _without_autocast(x, parts)
-        return not training.left_alone(parts, x, self.recompute, products)
+        if not training.left_alone(parts, x, self.recompute, products):
+            return True
+        return products and training.products_pay(parts, x)
 
     def maps(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """x and g of a call; None where it isn't made of those two."""
         names = self.found.arguments
+        if len(args) == 2 and not kwargs:
+            return args if self.found.x_first else args[::-1]
         if len(args) + len(kwargs) != 2 or not all(name in names for name in kwargs):
             return None
         values = dict(zip(names, args, strict=False))
@@ -115,17 +122,30 @@ class FusedGate:
         first, second = values[names[0]], values[names[1]]
         return (first, second) if self.found.x_first else (second, first)
 
-    def run(self, gate: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-        """The gate's results, fused; in the dtypes that its own forward would return them in."""
+    def plan(self, gate: nn.Module, x: Any, g: Any) -> str | None:
+        """The engine's plan for these maps; None or empty where the original forward is to run."""
+        options = self.backend, self.recompute, *_modes(layers_of(gate, self.paths))
+        return self.decisions.of(walk(gate), x, g, options, lambda: self._plan(gate, x, g), safe="")
+
+    def _plan(self, gate: nn.Module, x: Any, g: Any) -> str | None:
+        if not self.takes(gate, x, g) or self.why_original(gate):
+            return None
+        if not self.pays(gate, x):
+            return ""
+        parts = layers_of(gate, self.paths)
+        x, g, precision = _in_own_dtype(x, g, parts)
+        with precision:
+            return engine.fusion(self.found.spec, parts, x, g, self.recompute).plan
+
+    def run(self, gate: nn.Module, plan: str, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+        """The gate's results by this plan, in the dtypes that its own forward would return them in."""
         spec, parts = self.found.spec, layers_of(gate, self.paths)
-        options = {"backend": self.backend, "recompute": self.recompute, "cache": self.cache}
         autocast = reference.autocast_dtype(x)
-        if _without_autocast(x, parts):
-            x = x.to(torch.promote_types(x.dtype, autocast))
-            with torch.autocast(x.device.type, enabled=False):
-                y, alpha = engine.run(spec, parts, x, g.to(x.dtype), **options)
-        else:
-            y, alpha = engine.run(spec, parts, x, g, **options)
+        x, g, precision = _in_own_dtype(x, g, parts)
+        with precision:
+            y, alpha = engine.run(
+                spec, parts, x, g, plan=plan, backend=self.backend, recompute=self.recompute, cache=self.cache
+            )
         tell(gate, alpha)
         if self.found.returns != "y":
             alpha = alpha.to(x.dtype if autocast is None else autocast)
@@ -137,6 +157,20 @@ def _without_autocast(x: Tensor, parts: eager.Parts) -> bool:
     has the wider one of both."""
     autocast = reference.autocast_dtype(x)
     return autocast is not None and parts.W is None and x.dtype != autocast
+
+
+def _modes(parts: eager.Parts) -> tuple[bool | None, ...]:
+    """Whether the norms before the logits are in training mode; None for those that there aren't."""
+    norms = parts.theta_norm, parts.phi_norm, parts.psi_norm
+    return tuple(None if norm is None else norm.training for norm in norms)
+
+
+def _in_own_dtype(x: Tensor, g: Tensor, parts: eager.Parts) -> tuple[Tensor, Tensor, AbstractContextManager]:
+    """The maps as the engine takes them, and what it runs under: no autocast, where that has no say."""
+    if not _without_autocast(x, parts):
+        return x, g, nullcontext()
+    x = x.to(torch.promote_types(x.dtype, reference.autocast_dtype(x)))
+    return x, g.to(x.dtype), torch.autocast(x.device.type, enabled=False)
 
 
 def patch(gate: nn.Module, state: FusedGate) -> None:
@@ -183,19 +217,19 @@ def find_layer(gate: nn.Module, path: str) -> nn.Module:
 def _run(gate: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     state = getattr(gate, STATE, None)
     maps = None if state is None else state.maps(args, kwargs)
-    x = None if maps is None else maps[0]
-    if x is None or not state.takes(gate, *maps) or state.why_original(gate) or not state.pays(gate, x):
+    plan = "" if maps is None else state.plan(gate, *maps)
+    if not plan:
         if state is not None and getattr(gate, LISTENER, None) is not None:
             return _heard(state, gate, original, args, kwargs)
         return original(gate, *args, **kwargs)
     if any(map(_knows_more, maps)):
 
         def fused_gate(x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-            return state.run(gate, x, g)
+            return state.run(gate, plan, x, g)
 
         results = handle_torch_function(fused_gate, maps, *maps)
     else:
-        results = state.run(gate, *maps)
+        results = state.run(gate, plan, *maps)
     return results[0] if len(results) == 1 else tuple(results)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attn_gate.folding import has_hooks, listened_globally
+from attn_gate.decisions import has_hooks, listened_globally
 
 _HAS_MKL: bool = torch.backends.mkl.is_available()
 

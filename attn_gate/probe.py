@@ -261,7 +261,8 @@ def _step(run: Callable, twin: nn.Module, x: Tensor, g: Tensor, training: bool) 
 
 def _run(spec: GateSpec, paths: Layers, net: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     parts = Layers(*[find(net, path) for path in paths])
-    return engine.run(spec, parts, x, g, backend="cpu", recompute=True, cache=FoldCache())
+    options = {"recompute": True, "plan": engine.fusion(spec, parts, x, g, recompute=True).plan}
+    return engine.run(spec, parts, x, g, backend="cpu", cache=FoldCache(), **options)
 
 
 def _same(found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> bool:
