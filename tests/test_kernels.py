@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from matrix import BACKENDS, DTYPES, EDGES, LARGE, LAYOUTS, PANELS, compare, recomputes, results
+from matrix import BACKENDS, BLOCKS, DTYPES, EDGES, LARGE, LAYOUTS, PANELS, compare, recomputes, results
 
 from attn_gate import backends, functional, reference
 from attn_gate._library import ops
@@ -35,6 +35,15 @@ def test_large(case, operator, backend):
     for options in recomputes(operator):
         for layout in ("contiguous", "channels last"):
             compare(case, operator, torch.float32, layout, backend=backend, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator", ["attention_gate", "attention_logits"])
+@pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.name)
+def test_blocks_of_the_depth(case, operator, dtype, layout):
+    for options in recomputes(operator):
+        compare(case, operator, dtype, layout, **options)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

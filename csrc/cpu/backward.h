@@ -201,7 +201,7 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
   const int64_t panels = count_weight_panels(p, layout);
   A* x_rows = own_x;
   NextTile<T> next;
-  work.expect(next, n, v0, smaller(v0 + ld, v1));
+  work.begin(next, n, v0, smaller(v0 + ld, v1));
 
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v, padded = round_up(len, kLanes<A>);

@@ -92,13 +92,13 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
   Worker<T> work(p, layout, false);
   const int64_t ld = work.ld, voxels = p.coarse.voxels();
   const A psi_bias = p.psi_bias ? *static_cast<const A*>(p.psi_bias) : A(0);
-  const bool x_in_tile = p.uses_x() && !p.centre_x && !p.y.channels_last;
   Buffer<A> alpha(ld);
   Aside<T> aside;
   if (p.y && !p.applies_later()) aside.behind.emplace(p, n);
-  work.expect(aside.next, n, v0, smaller(v0 + ld, v1));
+  work.begin(aside.next, n, v0, smaller(v0 + ld, v1));
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v;
+    work.add_blocks(aside, n, v, end);
     work.turn_to(aside.next, n, v, end, smaller(end + ld, v1));
     work.load_given(n, v, end);
 
@@ -123,7 +123,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     std::memcpy(static_cast<A*>(p.alpha) + n * voxels + v, alpha, size_t(len) * sizeof(A));
     if (p.preact) store_tile<false, T>(p.preact, work.flat, n, v, end, static_cast<const A*>(work.given), ld);
     if (!aside.behind) continue;
-    aside.behind->begin(v, len, work.looks_aside(), x_in_tile ? work.rows : nullptr, ld);
+    aside.behind->begin(v, len, work.looks_aside(), work.holds_x() ? work.rows : nullptr, ld);
     if (!p.hides_memory()) aside.behind->finish();
   }
   if (aside.behind) aside.behind->finish();

@@ -5,12 +5,18 @@
 namespace attn_gate::cpu {
 namespace {
 
-// One factor of the input: x's patches or g, rows of the product's depth from k0 on.
+// Channels [c0, c1) of one factor of the input, x's patches or g: rows of the product's depth from k0 on.
 struct Part {
   const Map& map;
   const Patches& patches;
   bool of_x, centred;
-  int64_t k0, rows;
+  int64_t k0, c0, c1;
+
+  int64_t rows() const { return (c1 - c0) * patches.kernel.voxels(); }
+  // The channels [from, to) alone.
+  Part some(int64_t from, int64_t to) const {
+    return {map, patches, of_x, centred, k0 + (from - c0) * patches.kernel.voxels(), from, to};
+  }
 
   // What Incoming can copy: voxels of a map that lie side by side as in a tile, or pairs of them (patches two
   // voxels wide) in rows of whole vectors.
@@ -40,11 +46,11 @@ class Incoming {
   }
   // Adds the voxels [v0, v1) of sample n, at most kVoxels, of a part that is in rows or in pairs.
   void add(const Part& part, int64_t n, int64_t v0, int64_t v1, A* to) {
-    if (v0 >= v1 || part.rows == 0) return;
+    if (v0 >= v1 || part.rows() == 0) return;
     Source& source = sources_[parts_];
-    source.from = sample_of<T>(part.map, n);
+    source.from = sample_of<T>(part.map, n) + part.c0 * part.map.grid.voxels();
     source.to = to;
-    source.channels = part.map.channels;
+    source.channels = part.c1 - part.c0;
     source.pitch = part.map.grid.voxels();
     source.map = part.patches.map;
     source.kernel = part.patches.kernel;

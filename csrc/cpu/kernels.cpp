@@ -35,6 +35,11 @@ Layout layout_of(const Problem& p, bool backward) {
   const bool by_panels = !backward && p.hides_memory();
   l.tile = by_panels ? (p.depth() <= 256 ? 2 : 1) * panel
                      : round_up(voxels > 0 ? (voxels + tiles - 1) / tiles : 1, panel);
+  l.depth = p.depth();
+  // Weights that a core's L2 can't hold beside the tile come from further away, for each tile. So tiles are
+  // wider there, and go through the depth a block at a time. Measured: 0.87 to 0.92 of the time at 3 and 4
+  // MiB of weights, no difference up to 1 MiB.
+  if (by_panels && p.inter * p.depth() * size > (1 << 20)) l.tile = 3 * panel, l.depth = 256;
   const Packed<A> packed(p, backward);
   l.packed_elements = packed.elements();
   l.pack_units = packed.inter / kBlock<A> + (backward ? (packed.rows_x + packed.rows_g) / kBlock<A> : 0) + 1;

@@ -48,9 +48,8 @@ void normed_rows(const Worker<T>& work, int64_t len, const A* dlogit, A* ds, A* 
           phi[r][j] = work.has_given ? load(work.given + (i + r) * ld + at + j * kLanes<A>)
                                      : splat(norms.shift_g[i + r]);
         }
-      work.for_parts([&](const Part& part) {
-        work.template product<NV>(i, at, part.k0, part.rows, part.of_x ? theta : phi, next);
-      });
+      for (const Part& part : work.blocks[0].parts)
+        work.template product<NV>(i, at, part.k0, part.rows(), part.of_x ? theta : phi, next);
       for (int r = 0; r < kRows; ++r) {
         const int64_t row = i + r;
         Vec<A> sums[4] = {};
@@ -112,9 +111,8 @@ void statistics_tiles(const Problem& p, const Layout& layout, const Statistics& 
     begin = false;
     held = 0;
   };
-  const Part part = work.part_of_x();
   NextTile<T> next;
-  work.expect(next, n, v0, smaller(v0 + ld, v1));
+  work.begin(next, n, v0, smaller(v0 + ld, v1));
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v;
     for (int64_t i = 0; i < ld; ++i) inside[i] = A(i < len);
@@ -124,7 +122,7 @@ void statistics_tiles(const Problem& p, const Layout& layout, const Statistics& 
       const bool first = held == 0 && at == 0;
       for (int64_t i = 0; i < I; i += kRows) {
         Vec<A> acc[kRows][NV] = {};
-        work.template product<NV>(i, at, part.k0, part.rows, acc, next);
+        work.template product<NV>(i, at, 0, p.depth(), acc, next);
         for (int r = 0; r < kRows; ++r) {
           A* sum = sums + 2 * (i + r) * kLanes<A>;
           if (first) {

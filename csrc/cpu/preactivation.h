@@ -2,6 +2,7 @@
 // a time.
 #pragma once
 #include <optional>
+#include <vector>
 
 #include "incoming.h"
 #include "resize.h"
@@ -106,80 +107,129 @@ struct NextTile {
   }
 };
 
-// What a thread holds while it goes through its tiles.
+// A block of the product's depth: the parts that make its rows [k0, k0 + rows).
+struct Block {
+  int64_t k0, rows;
+  std::vector<Part> parts;
+};
+// What a thread holds while it goes through its tiles, and through each in blocks of the product's depth.
 template <class T>
 struct Worker {
   using A = Acc<T>;
   const Problem& p;
   const int64_t ld;  // voxels a tile, the rows' length
   const Packed<A> packed;
-  const Patches patches;  // of x on the coarse grid
-  const Patches flat;     // the coarse grid on itself
-  const bool has_given;   // theta, phi or a stored s
-  const int tiles;        // whose input is held: this one, the next one, the one before if its y is to come
-  Buffer<A> input;        // [tiles][K][ld]: patches of x, then g
-  A* rows;                // this tile's of them
-  Buffer<A> given;        // [I][ld]
+  const Patches patches;            // of x on the coarse grid
+  const Patches flat;               // the coarse grid on itself
+  const bool has_given;             // theta, phi or a stored s
+  const std::vector<Block> blocks;  // at least one
+  const int64_t depth;              // rows of the largest of them
+  const int held;   // inputs: this block's, the next one's, that of the tile before if its y is to come
+  Buffer<A> input;  // [held][depth][ld]: patches of x, then g
+  A* rows;          // this block's of them
+  size_t at = 0;    // which block that is
+  Buffer<A> sums;   // [I][ld], of the blocks before, where there are several
+  Buffer<A> given;  // [I][ld]
   std::optional<Resizer<A>> phi;
 
   Worker(const Problem& p_, const Layout& layout, bool backward)
       : p(p_), ld(layout.tile), packed(p_, backward),
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
-        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)), tiles(tiles_held(p_)),
-        input(tiles * p_.depth() * layout.tile), rows(input),
-        given((has_given || p_.preact) ? packed.inter * layout.tile : 0) {
+        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)), blocks(blocks_of(layout.depth)),
+        depth(most_rows(blocks)), held(!p.hides_memory() ? 1
+                                       : holds_x()       ? 3
+                                                         : 2),
+        input(held * depth * ld), rows(input), sums(blocks.size() > 1 ? packed.inter * ld : 0),
+        given((has_given || p_.preact) ? packed.inter * ld : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
   }
 
-  static int tiles_held(const Problem& p) {
-    if (!p.hides_memory()) return 1;
-    return p.y && !p.applies_later() ? 3 : 2;
+  // Whether the rows of x are at hand while y of the tile is written.
+  bool holds_x() const {
+    const bool rows = p.y && !p.applies_later() && !p.y.channels_last;
+    return rows && p.uses_x() && !p.centre_x && blocks.size() == 1;
   }
-  // Where the next tile's input goes.
+  // Where the next input goes.
   A* next_rows() const {
-    A* next = rows + p.depth() * ld;
-    return next < input + tiles * p.depth() * ld ? next : static_cast<A*>(input);
+    A* next = rows + depth * ld;
+    return next < input + held * depth * ld ? next : static_cast<A*>(input);
   }
 
-  Part part_of_x() const { return {p.x, patches, true, p.centre_x != nullptr, 0, p.rows_x()}; }
-  template <class F>
-  inline __attribute__((always_inline)) void for_parts(F&& f) const {
-    const Part parts[] = {part_of_x(), {p.g, flat, false, p.centre_g != nullptr, p.rows_x(), p.rows_g()}};
-    for (int k = p.uses_x() ? 0 : 1; k < (p.g ? 2 : 1); ++k) f(parts[k]);  // one copy of f's code for both
+  // All rows at once, or about `most` at a time, whole channels of one part.
+  std::vector<Block> blocks_of(int64_t most) const {
+    Block all{0, p.depth(), {}};
+    if (p.uses_x()) all.parts.push_back({p.x, patches, true, p.centre_x != nullptr, 0, 0, p.x.channels});
+    if (p.g) all.parts.push_back({p.g, flat, false, p.centre_g != nullptr, p.rows_x(), 0, p.g.channels});
+    if (all.rows <= most) return {all};
+    std::vector<Block> blocks;
+    for (const Part& part : all.parts) {
+      const int64_t channels = part.c1, count = smaller(channels, (part.rows() + most - 1) / most);
+      for (int64_t b = 0; b < count; ++b) {
+        const Part some = part.some(channels * b / count, channels * (b + 1) / count);
+        blocks.push_back({some.k0, some.rows(), {some}});
+      }
+    }
+    return blocks;
   }
-  void load_part(const Part& part, int64_t n, int64_t v0, int64_t v1) {
-    A* to = rows + part.k0 * ld;
-    load_tile<T>(part.map, part.patches, n, v0, v1, to, ld);
-    if (part.centred) centre_rows(p, part.k0, part.k0 + part.rows, v1 - v0, ld, to);
+  static int64_t most_rows(const std::vector<Block>& blocks) {
+    int64_t most = 0;
+    for (const Block& block : blocks) most = block.rows > most ? block.rows : most;
+    return most;
   }
 
-  // How often the products of a whole tile look aside.
+  // How often the products of a whole tile with this block look aside.
   int64_t looks_aside() const {
-    const int64_t panels = (ld + kCols * kLanes<A> - 1) / (kCols * kLanes<A>), K = p.project ? p.depth() : 0;
+    const int64_t panels = (ld + kCols * kLanes<A> - 1) / (kCols * kLanes<A>),
+                  K = p.project ? blocks[at].rows : 0;
     return panels * ((p.inter + kRows - 1) / kRows) * (K > 0 ? (K + kStep - 1) / kStep : 1);
   }
-  // Begins with the voxels [v0, v1): what can be loaded aside is on its way into next_rows().
-  void expect(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1) const {
+  // Begins with the voxels [v0, v1) of sample n: what can be loaded aside is on its way into next_rows().
+  void begin(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1) { expect(next, n, v0, v1, 0); }
+  // Goes through all blocks of the tile [v0, v1) but the last, and keeps their sums.
+  template <class Aside>
+  void add_blocks(Aside& aside, int64_t n, int64_t v0, int64_t v1) {
+    for (size_t b = 0; b + 1 < blocks.size(); ++b) {
+      go_on(aside.next, n, v0, v1, b);
+      expect(aside.next, n, v0, v1, b + 1);
+      for_panels<A>(v1 - v0, [&](auto nv, int64_t v) {
+        constexpr int NV = decltype(nv)::value;
+        for (int64_t i = 0; i < p.inter; i += kRows) {
+          Vec<A> acc[kRows][NV];
+          add_block<NV>(i, v, acc, aside);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+            for (int j = 0; j < NV; ++j) store(sums + (i + r) * ld + v + j * kLanes<A>, acc[r][j]);
+        }
+      });
+    }
+  }
+  // Goes on to the last block of the tile [v0, v1), behind which that up to v2 comes.
+  void turn_to(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1, int64_t v2) {
+    go_on(next, n, v0, v1, blocks.size() - 1);
+    expect(next, n, v1, v2, 0);
+  }
+  void go_on(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1, size_t block) {
+    next.incoming.finish();
+    rows = next_rows();
+    at = block;
+    for (const Part& part : blocks[at].parts) {
+      if (loads(part)) continue;
+      A* to = rows + (part.k0 - blocks[at].k0) * ld;
+      load_tile<T>(part.map, part.patches, n, v0, v1, part.c0, part.c1, to, ld);
+      if (part.centred) centre_rows(p, part.k0, part.k0 + part.rows(), v1 - v0, ld, to);
+    }
+  }
+  void expect(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1, size_t block) const {
     next.incoming.begin(ld);
-    for_parts([&](const Part& part) {
-      if (loads(part)) next.incoming.add(part, n, v0, v1, next_rows() + part.k0 * ld);
-    });
+    for (const Part& part : blocks[block].parts)
+      if (loads(part)) next.incoming.add(part, n, v0, v1, next_rows() + (part.k0 - blocks[block].k0) * ld);
     next.incoming.over(looks_aside());
     next.ahead = Ahead();
     if (p.dy && p.same_grid()) next.ahead.template add<T>(p.dy, flat, n, v0, v1);
-    for_parts([&](const Part& part) {
-      if (!loads(part)) next.ahead.template add<T>(part.map, part.patches, n, v0, v1);
-    });
+    for (const Part& part : blocks[block].parts)
+      if (!loads(part)) next.ahead.template add<T>(part.map, part.patches, n, v0, v1, part.c0, part.c1);
     next.ahead.over(looks_aside());
-  }
-  // Goes on to the voxels [v0, v1), which were expected, and expects those up to v2.
-  void turn_to(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1, int64_t v2) {
-    next.incoming.finish();
-    rows = next_rows();
-    for_parts([&](const Part& part) {
-      if (!loads(part)) load_part(part, n, v0, v1);
-    });
-    expect(next, n, v1, v2);
   }
 
   void load_given(int64_t n, int64_t v0, int64_t v1) {
@@ -203,22 +253,22 @@ struct Worker {
       for (int64_t v = 0; v < padded; ++v) given[i * ld + v] += other[i * ld + v];
   }
 
-  // W's rows [i, i + kRows) from column k0 on.
-  const A* weights(int64_t i, int64_t k0) const { return packed.forward + i * p.depth() + k0 * kRows; }
+  // W's rows [i, i + kRows) from column k on.
+  const A* weights(int64_t i, int64_t k) const { return packed.forward + i * p.depth() + k * kRows; }
   // W^T's rows [k, k + kRows) of those of x or of g.
   const A* weights_back(bool of_x, int64_t k) const {
     return packed.backward + ((of_x ? 0 : packed.rows_x) + k) * p.inter;
   }
-  // acc += W's rows [i, i + kRows), columns [k0, k0 + depth), times these rows of the tile, NV vectors of
-  // voxels from v on. Between steps of the depth, `aside` does a little of something else.
+  // acc += W's rows [i, i + kRows), `count` columns from `first` on, times these rows of the tile, NV vectors
+  // of voxels from v on. Between steps of the depth, `aside` does a little of something else.
   template <int NV, class Aside>
-  inline __attribute__((always_inline)) void product(int64_t i, int64_t v, int64_t k0, int64_t depth,
+  inline __attribute__((always_inline)) void product(int64_t i, int64_t v, int64_t first, int64_t count,
                                                      Vec<A> (&acc)[kRows][NV], Aside& aside) const {
-    const A *w = weights(i, k0), *x = rows + k0 * ld + v;
+    const A *w = weights(i, first), *x = rows + (first - blocks[at].k0) * ld + v;
     Vec<A> sums[kRows][NV];
     copy<A, NV>(acc, sums);
-    for (int64_t k = 0; k < depth; k += kStep) {
-      multiply<A, NV>(w + k * kRows, kRows, x + k * ld, ld, smaller(kStep, depth - k), sums);
+    for (int64_t k = 0; k < count; k += kStep) {
+      multiply<A, NV>(w + k * kRows, kRows, x + k * ld, ld, smaller(kStep, count - k), sums);
       aside.step();
     }
     copy<A, NV>(sums, acc);
@@ -228,13 +278,22 @@ struct Worker {
   bool loads(const Part& part) const {
     return p.hides_memory() && (part.in_rows() || part.template in_pairs<A>());
   }
-  template <int NV>
-  inline __attribute__((always_inline)) void begin_with_bias(int64_t i, Vec<A> (&acc)[kRows][NV]) const {
+  // The sum over the blocks up to this one: bias + W's columns times these rows.
+  template <int NV, class Aside>
+  inline __attribute__((always_inline)) void add_block(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV],
+                                                       Aside& aside) const {
     const bool stored = p.preact && !p.project;  // a stored s holds the bias already
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
-      for (int j = 0; j < NV; ++j) acc[r][j] = splat(stored ? A(0) : packed.bias[i + r]);
+      for (int j = 0; j < NV; ++j)
+        acc[r][j] = at > 0 ? load(sums + (i + r) * ld + v + j * kLanes<A>)
+                           : splat(stored ? A(0) : packed.bias[i + r]);
+    if (p.project) {
+      product<NV>(i, v, blocks[at].k0, blocks[at].rows, acc, aside);
+    } else {
+      aside.step();
+    }
   }
   template <int NV>
   inline __attribute__((always_inline)) void add_given(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV]) const {
@@ -245,16 +304,11 @@ struct Worker {
         for (int j = 0; j < NV; ++j) acc[r][j] += load(given + (i + r) * ld + v + j * kLanes<A>);
   }
 
-  // s of rows [i, i + kRows), NV vectors of voxels from v on, of a tile that holds the input.
+  // s of rows [i, i + kRows), NV vectors of voxels from v on, of a tile whose last block is at hand.
   template <int NV, class Aside>
   inline __attribute__((always_inline)) void preactivation(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV],
                                                            Aside& aside) const {
-    begin_with_bias<NV>(i, acc);
-    if (p.project) {
-      product<NV>(i, v, 0, p.depth(), acc, aside);
-    } else {
-      aside.step();
-    }
+    add_block<NV>(i, v, acc, aside);
     add_given<NV>(i, v, acc);
   }
 };
