@@ -63,7 +63,9 @@ BLOCKS = (
     GateCase("large weights", (16, 29), (16, 29), channels=512, gating=260, inter=344),
     GateCase("large weights, y aside", (37, 29), (37, 29), channels=400, gating=264, inter=400, batch=1),
     GateCase("large weights, patches", (16, 64), (8, 32), channels=120, gating=300, inter=340, **_PATCHES),
-    GateCase("large weights, patches 3D", (4, 4, 36), (2, 2, 18), channels=70, gating=240, inter=332, **_PATCHES),
+    GateCase(
+        "large weights, patches 3D", (4, 4, 36), (2, 2, 18), channels=70, gating=240, inter=332, **_PATCHES
+    ),
 )
 
 # Several tiles in a row and in a sample, several groups of partial sums, several bands (more than 2 MiB of x
