@@ -136,20 +136,24 @@ inline __attribute__((always_inline)) void copy(const Vec<A> (&from)[kRows][NV],
 #pragma GCC unroll 3
     for (int j = 0; j < NV; ++j) to[r][j] = from[r][j];
 }
+// acc[r][j] += a[r] * x[j * lanes + (0 .. lanes)]: kCols vectors and kRows broadcasts are loaded for
+// kRows * kCols multiply-adds.
+template <class A, int NV>
+inline __attribute__((always_inline)) void multiply_once(const A* a, const A* x, Vec<A> (&acc)[kRows][NV]) {
+  Vec<A> b[NV];
+#pragma GCC unroll 3
+  for (int j = 0; j < NV; ++j) b[j] = load(x + j * kLanes<A>);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+    for (int j = 0; j < NV; ++j) acc[r][j] += a[r] * b[j];
+}
 // acc[r][j] += sum_k a[k * lda + r] * x[k * ldx + j * lanes + (0 .. lanes)]: the one matrix product of the
-// library. Loads a step: kCols vectors and kRows broadcasts for kRows * kCols multiply-adds.
+// library.
 template <class A, int NV>
 inline __attribute__((always_inline)) void multiply(const A* a, int64_t lda, const A* x, int64_t ldx,
                                                     int64_t depth, Vec<A> (&acc)[kRows][NV]) {
-  for (int64_t k = 0; k < depth; ++k, a += lda, x += ldx) {
-    Vec<A> b[NV];
-#pragma GCC unroll 3
-    for (int j = 0; j < NV; ++j) b[j] = load(x + j * kLanes<A>);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-      for (int j = 0; j < NV; ++j) acc[r][j] += a[r] * b[j];
-  }
+  for (int64_t k = 0; k < depth; ++k) multiply_once<A, NV>(a + k * lda, x + k * ldx, acc);
 }
 // a, b = the even, the odd elements of [a, b].
 template <class V, size_t... L>
