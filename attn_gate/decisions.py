@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from attn_gate import reference
 
 Decision = TypeVar("Decision")
+_STATISTICS = ("running_mean", "running_var")
 _MOST = 64  # decisions kept; images of ever new sizes must not fill the memory
 
 
@@ -40,8 +41,8 @@ class Decisions:
         """`decide()`, or what it was in the same situation; None isn't kept, nor what raises.
 
         layers: of the gate, with their names. options: what else the decision depends on. safe: a decision
-        that stays right whatever becomes of the layers, and good unless options change: they aren't looked
-        at then.
+        that stays right whatever becomes of the layers, if not always the fastest: they aren't looked at
+        again then.
         """
         call = _call(x, g, options)
         if call is None:
@@ -112,9 +113,9 @@ def _states(layers: Iterable[tuple[str, nn.Module | None]]) -> list | None:
             continue
         if isinstance(layer, nn.SyncBatchNorm):
             return None  # its process group may come and go
-        states += (layer.training, has_hooks(layer))
+        # A frozen ScriptModule has no mode.
+        states += (getattr(layer, "training", None), has_hooks(layer))
         if "weight" in layer._parameters and (weight := layer._parameters["weight"]) is not None:
             states += (type(weight), weight.dtype, weight.device)
-        if "running_mean" in layer._buffers:
-            states.append(layer._buffers["running_mean"] is None)
+        states += (name in layer._buffers and layer._buffers[name] is None for name in _STATISTICS)
     return states

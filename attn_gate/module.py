@@ -159,7 +159,7 @@ class AttentionGate(nn.Module):
             ValueError: ranks, batches, channels, devices or grids don't fit.
         """
         backend, recompute = self.backend, self.recompute
-        layers, options = self._modules.items(), (backend, recompute)
+        layers, options = self._modules.items(), (self.spec, backend, recompute)
         plan = self._decisions.of(layers, x, g, options, lambda: self._plan(x, g))
         y, alpha = engine.run(
             self.spec, self, x, g, plan=plan, backend=backend, recompute=recompute, cache=self._fold_cache
@@ -181,7 +181,7 @@ class AttentionGate(nn.Module):
 
     def _plan(self, x: Tensor, g: Tensor) -> str:
         self._check(x, g)
-        return self.fusion(x, g).plan
+        return "eager" if self.backend == "eager" else self.fusion(x, g).plan
 
     def _check(self, x: Tensor, g: Tensor) -> None:
         spec = self.spec

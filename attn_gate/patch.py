@@ -124,7 +124,7 @@ class FusedGate:
 
     def plan(self, gate: nn.Module, x: Any, g: Any) -> str | None:
         """The engine's plan for these maps; None or empty where the original forward is to run."""
-        options = self.backend, self.recompute, *_modes(layers_of(gate, self.paths))
+        options = self.backend, self.recompute, *_modes(gate, self.paths)
         return self.decisions.of(walk(gate), x, g, options, lambda: self._plan(gate, x, g), safe="")
 
     def _plan(self, gate: nn.Module, x: Any, g: Any) -> str | None:
@@ -159,10 +159,16 @@ def _without_autocast(x: Tensor, parts: eager.Parts) -> bool:
     return autocast is not None and parts.W is None and x.dtype != autocast
 
 
-def _modes(parts: eager.Parts) -> tuple[bool | None, ...]:
+def _modes(gate: nn.Module, paths: Layers) -> tuple[bool | None, ...]:
     """Whether the norms before the logits are in training mode; None for those that there aren't."""
-    norms = parts.theta_norm, parts.phi_norm, parts.psi_norm
-    return tuple(None if norm is None else norm.training for norm in norms)
+
+    def mode(path: str | None) -> bool | None:
+        layer: nn.Module | None = gate
+        for name in path.split(".") if path else ():
+            layer = None if layer is None else layer._modules.get(name)
+        return getattr(layer, "training", None) if path else None
+
+    return tuple(map(mode, (paths.theta_norm, paths.phi_norm, paths.psi_norm)))
 
 
 def _in_own_dtype(x: Tensor, g: Tensor, parts: eager.Parts) -> tuple[Tensor, Tensor, AbstractContextManager]:

@@ -2,10 +2,11 @@
 //
 // A tile is a run of coarse voxels with all channels, held in cache. Registers hold kRows inter channels x
 // kCols vectors of voxels; psi's dot product is taken from them, so neither theta, phi nor q ever reaches
-// memory. Where the projections hide the memory's work, a tile is a panel of the product or two, and all else
-// is done aside, a few lines between two steps of the arithmetic: the next tile is loaded, and y of the tile
-// before is written. Where y applies_later(), alpha goes to memory (it is an output), and `apply` multiplies
-// the fine rows in a second phase that the schedule runs while x is still in the last-level cache.
+// memory. Where the projections hide the memory's work, a tile is one to three panels of the product, and all
+// else is done aside, a few lines between two steps of the arithmetic: the input to come is loaded, and y of
+// the tile before is written. Large weights are gone through in blocks of the depth: then partial sums of q
+// go to a buffer in between. Where y applies_later(), alpha goes to memory (it is an output), and `apply`
+// multiplies the fine rows in a second phase that the schedule runs while x is still in the last-level cache.
 #pragma once
 #include "preactivation.h"
 

@@ -1,4 +1,4 @@
-// The tile to come, copied into its rows a few at a time while the tile before it is computed.
+// The input to come, of the next tile or block, copied a few rows at a time during the products before it.
 #pragma once
 #include "tiles.h"
 

@@ -96,7 +96,8 @@ void centre_rows(const Problem& p, int64_t k0, int64_t k1, int64_t len, int64_t 
   }
 }
 
-// What the products of a tile do aside for the next one: they copy what can be copied, and fetch the rest.
+// What products do aside for the next tile, or the next block of this one: they copy what can be copied, and
+// fetch the rest.
 template <class T>
 struct NextTile {
   Incoming<T> incoming;

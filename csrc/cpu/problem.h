@@ -111,7 +111,7 @@ struct Moments {
 // Sizes that operators and kernels must agree on; the kernels fill it in for their vector length.
 struct Layout {
   int64_t tile = 0;             // coarse voxels a tile
-  int64_t depth = 0;            // rows of the product's depth that a tile goes through at a time, about
+  int64_t depth = 0;            // rows of the product's depth that forward goes through at a time, about
   int64_t packed_elements = 0;  // of `packed`
   int64_t pack_units = 0;       // independent pieces of the packing
   // A group's sums: theta's weight gradient [I, C * taps] in panels of panel_x columns, [panels][weight_rows]
