@@ -37,9 +37,16 @@ def test_large(case, operator, backend):
             compare(case, operator, torch.float32, layout, backend=backend, **options)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("operator", ["attention_gate", "attention_logits"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    "operator,dtype",
+    [
+        ("attention_gate", torch.float32),
+        ("attention_gate", torch.bfloat16),
+        ("attention_logits", torch.float64),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.name)
 def test_blocks_of_the_depth(case, operator, dtype, layout):
     for options in recomputes(operator):
@@ -237,7 +244,7 @@ def test_backward_of_batch_norms(case, norms):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "x channels last", "odd offsets"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", PANELS + BLOCKS + LARGE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PANELS + BLOCKS[2:] + LARGE, ids=lambda case: case.name)
 def test_backward_of_batch_norms_in_tiles(case, dtype, layout):
     if dtype != torch.float32:  # maps between the passes are rounded, which would decide relu's slope
         case = replace(case, activation="gelu")
@@ -250,7 +257,7 @@ def test_backward_of_batch_norms_in_tiles(case, dtype, layout):
 
 @pytest.mark.parametrize("far", [0, 1000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", PANELS + BLOCKS + LARGE + EDGES[:6], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", PANELS + BLOCKS[2:] + LARGE + EDGES[:6], ids=lambda case: case.name)
 def test_statistics_of_a_projection(case, dtype, far):
     tensors, stride = in_two_axes(case, dtype, lambda t: t)
     x, weight = tensors["x"] + far, tensors["theta_weight"]
@@ -275,7 +282,7 @@ def test_batch_norms_have_the_same_bits_on_any_number_of_threads():
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("case", CASES + EDGES + BLOCKS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + EDGES + BLOCKS[2:], ids=lambda case: case.name)
 def test_logits_of_what_is_centred(case):
     """W (x - c) + (b + W c) is the same gate."""
     tensors, stride = in_two_axes(case, torch.float64, lambda t: t)
