@@ -163,10 +163,10 @@ def _modes(gate: nn.Module, paths: Layers) -> tuple[bool | None, ...]:
     """Whether the norms before the logits are in training mode; None for those that there aren't."""
 
     def mode(path: str | None) -> bool | None:
-        layer: nn.Module | None = gate
-        for name in path.split(".") if path else ():
-            layer = None if layer is None else layer._modules.get(name)
-        return getattr(layer, "training", None) if path else None
+        try:
+            return find_layer(gate, path).training if path else None
+        except (KeyError, AttributeError):  # it is gone, or frozen
+            return None
 
     return tuple(map(mode, (paths.theta_norm, paths.phi_norm, paths.psi_norm)))
 

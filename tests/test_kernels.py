@@ -272,6 +272,24 @@ def test_statistics_of_a_projection(case, dtype, far):
         torch.testing.assert_close(var, theta.var(1, correction=0), rtol=4 * digits, atol=digits)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "odd offsets"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape,kernel", [((2, 600, 13, 15), 1), ((1, 160, 14, 64), 2)], ids=str)
+def test_statistics_of_large_projections(shape, kernel, dtype, layout, centred):
+    """Of more than a MiB of weights, in blocks of the depth."""
+    x = torch.randn(shape).to(dtype)
+    weight = torch.randn(500, shape[1], kernel, kernel, dtype=reference.accumulation_dtype(x)) / 25
+    centre = torch.randn(weight[0].numel(), dtype=weight.dtype) if centred else None
+    projected = F.conv2d(x.double(), weight.double(), stride=kernel)
+    if centred:
+        projected = projected - (weight.flatten(1).double() @ centre.double())[:, None, None]
+    var, mean = torch.var_mean(projected, (0, 2, 3), correction=0)
+    found = ops.projection_statistics(LAYOUTS[layout][0](x), weight, centre, [kernel, kernel])
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found, (mean, var), **tolerance)
+
+
 def test_batch_norms_have_the_same_bits_on_any_number_of_threads():
     gate = Normed(LARGE[0], torch.float32)
     torch.set_num_threads(1)

@@ -99,7 +99,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
   work.begin(aside.next, n, v0, smaller(v0 + ld, v1));
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v;
-    work.add_blocks(aside, n, v, end);
+    work.add_blocks(aside.next, aside, n, v, end);
     work.turn_to(aside.next, n, v, end, smaller(end + ld, v1));
     work.load_given(n, v, end);
 

@@ -116,13 +116,14 @@ void statistics_tiles(const Problem& p, const Layout& layout, const Statistics& 
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v;
     for (int64_t i = 0; i < ld; ++i) inside[i] = A(i < len);
+    work.add_blocks(next, next, n, v, end);
     work.turn_to(next, n, v, end, smaller(end + ld, v1));
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       const bool first = held == 0 && at == 0;
       for (int64_t i = 0; i < I; i += kRows) {
-        Vec<A> acc[kRows][NV] = {};
-        work.template product<NV>(i, at, 0, p.depth(), acc, next);
+        Vec<A> acc[kRows][NV];
+        work.template add_block<NV>(i, at, acc, next);
         for (int r = 0; r < kRows; ++r) {
           A* sum = sums + 2 * (i + r) * kLanes<A>;
           if (first) {

@@ -621,7 +621,6 @@ std::tuple<Tensor, Tensor> projection_statistics(const Tensor& x, const Tensor& 
   torch::stable::zero_(zeros);
   p.psi = call.hold(zeros);  // packed, but not read
   call.layout = kernels().layout(p, false);
-  call.layout.depth = p.depth();  // sums over voxels are taken of whole products
   call.allocate_packed();
   const int64_t I = p.inter, tiles = tiles_of(p, call.layout);
   Statistics to;

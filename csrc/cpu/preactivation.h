@@ -188,10 +188,10 @@ struct Worker {
   void begin(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1) { expect(next, n, v0, v1, 0); }
   // Goes through all blocks of the tile [v0, v1) but the last, and keeps their sums.
   template <class Aside>
-  void add_blocks(Aside& aside, int64_t n, int64_t v0, int64_t v1) {
+  void add_blocks(NextTile<T>& next, Aside& aside, int64_t n, int64_t v0, int64_t v1) {
     for (size_t b = 0; b + 1 < blocks.size(); ++b) {
-      go_on(aside.next, n, v0, v1, b);
-      expect(aside.next, n, v0, v1, b + 1);
+      go_on(next, n, v0, v1, b);
+      expect(next, n, v0, v1, b + 1);
       for_panels<A>(v1 - v0, [&](auto nv, int64_t v) {
         constexpr int NV = decltype(nv)::value;
         for (int64_t i = 0; i < p.inter; i += kRows) {
