@@ -1,7 +1,7 @@
-"""CPUs with units for products of bfloat16 matrices (Intel's AMX).
+"""CPUs with units for products of bfloat16 matrices (Intel's AMX): what is left to PyTorch there.
 
-There PyTorch's bfloat16 convolutions have several times the arithmetic of our kernels, which multiply in
-float32 whatever the maps are. So large projections are left to them, and what follows is fused.
+PyTorch's bfloat16 convolutions use them forward and backward, our kernels forward only. So a step with large
+projections makes them there, stored, and what follows is fused.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attn_gate import pointwise, reference
+from attn_gate import _library, pointwise, reference
 from attn_gate.eager import Parts
 
 AVAILABLE: bool = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+OURS: bool = _library.cpu_isa() == "amx"  # our kernels were built for them and may use them
 
 
 def serve(x: Tensor, parts: Parts) -> bool:
@@ -28,12 +29,16 @@ def serve(x: Tensor, parts: Parts) -> bool:
 def pay(x: Tensor, parts: Parts) -> bool:
     """Whether a gate's projections are faster there, made and stored, than in the fused operators.
 
-    By the multiply-adds for each voxel of theta's grid. Measured on 2 cores with AMX, time of inference and
-    of a step against that of the whole gate fused: 0.6 to 0.96 from 2^17 on, 1.0 to 4.4 at 2^16 and below;
-    where theta is a product (pointwise.py) 0.63 to 0.75 at 2^14 and 2^16, 1.05 and 1.5 at 2^12.
+    By the multiply-adds for each voxel of theta's grid. Measured on 2 cores with AMX, time against that of
+    the whole gate fused. A step: 0.6 to 0.96 from 2^17 on, 1.0 to 4.4 at 2^16 and below; where theta is a
+    product (pointwise.py) 0.63 to 0.75 at 2^14 and 2^16, 1.05 and 1.5 at 2^12. Inference, which our kernels
+    make on the same units: 0.83 from 2^17 on with batch norms, which fold to weights of more bits; 0.94 to
+    1.7 without.
     """
     if not serve(x, parts):
         return False
-    norms = parts.theta_norm, parts.phi_norm  # which the whole gate folds
-    product = norms == (None, None) and pointwise.serves(parts.theta, x)
+    norms = (parts.theta_norm, parts.phi_norm) != (None, None)  # which the whole gate folds
+    if OURS and not norms and not torch.is_grad_enabled():
+        return False
+    product = not norms and pointwise.serves(parts.theta, x)
     return parts.theta.weight.numel() + parts.phi.weight.numel() >= (2**14 if product else 2**17)

@@ -56,6 +56,8 @@ PANELS = (
     GateCase("whole panels, y aside", (47, 45), (47, 45), channels=40, gating=30, inter=33),
     GateCase("whole panels, patches", (7, 33), (3, 16), channels=40, gating=18, inter=17, **_PATCHES),
     GateCase("whole panels, patches 3D", (4, 4, 32), (2, 2, 16), channels=30, gating=9, inter=9, **_PATCHES),
+    # 2^14 weights, which matrix units take of float32 too
+    GateCase("whole panels of many", (13, 17), (13, 17), channels=140, gating=111, inter=70),
 )
 
 # Weights of more than a MiB, which the CPU kernels go through in blocks of the depth.

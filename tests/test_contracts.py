@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrix import DTYPES, LARGE, LAYOUTS, compare, results
+from matrix import BLOCKS, DTYPES, LARGE, LAYOUTS, PANELS, compare, results
 from raw_operators import refuses_what_does_not_fit
 from torch.testing import assert_close
 
@@ -163,7 +163,9 @@ def test_offsets_beyond_32_bits(layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
-@pytest.mark.parametrize("case", [c for c in LARGE if "1D" not in c.name], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*(c for c in LARGE if "1D" not in c.name), PANELS[-1], BLOCKS[0]], ids=lambda case: case.name
+)
 @pytest.mark.parametrize("operator", ["gate", "attention_gate"])
 def test_same_bits_on_any_number_of_threads(case, operator, layout):
     tensors = case.inputs(operator, layout=layout.replace(" ", "_"))
@@ -289,10 +291,12 @@ def run_compact(**variables):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "isa", ["default", "avx2", "avx512"]
+)  # amx, where there is, runs all the other tests
 def test_every_instruction_set(isa):
     """All that this machine has, in a process each; new scratch memory is full of huge numbers."""
-    order = ("default", "avx2", "avx512")
+    order = ("default", "avx2", "avx512", "amx")
     if order.index(isa) > order.index(cpu_isa() if not os.environ.get("ATEN_CPU_CAPABILITY") else "avx512"):
         pytest.skip(f"this machine has no {isa}")
     done = run_compact(ATEN_CPU_CAPABILITY=isa, MALLOC_PERTURB_="128")

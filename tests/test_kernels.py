@@ -64,8 +64,10 @@ def test_16_bits_are_float32_rounded_to_nearest(case, operator, dtype, layout):
     call, options = getattr(functional, operator), case.options(operator)
     exact = results(call, wide, **options)
     for name, found in results(call, narrow, **options).items():
+        if name == "alpha":  # float32, and perhaps not by the same instructions
+            torch.testing.assert_close(found, exact[name], rtol=1e-5, atol=1e-6)
         # dx of patches is a sum of two parts, each of which is rounded.
-        if name in ("y", "alpha", "d g") or (name == "d x" and (operator == "gate" or case.kernel == 1)):
+        if name in ("y", "d g") or (name == "d x" and (operator == "gate" or case.kernel == 1)):
             assert (found == exact[name].to(found.dtype)).double().mean() > 0.99, name
 
 

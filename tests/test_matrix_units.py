@@ -14,6 +14,7 @@ from attn_gate import AttentionGate, matrix_units, pointwise
 def _units(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(matrix_units, "AVAILABLE", True)
+    monkeypatch.setattr(matrix_units, "OURS", True)
     monkeypatch.setattr(pointwise, "_HAS_MKL", True)
 
 
@@ -47,6 +48,19 @@ def test_they_take_large_projections(channels, layout, plan, monkeypatch):
     gate.recompute = "auto"
     monkeypatch.setattr(matrix_units, "AVAILABLE", False)
     assert gate.fusion(x, x).plan == "whole"
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("ours", [False, True])
+def test_inference_is_ours_unless_norms_fold(norms, ours, monkeypatch):
+    monkeypatch.setattr(matrix_units, "OURS", ours)
+    gate, x = bare(512)
+    if norms:
+        gate = AttentionGate(512, 512, preset="same_grid").eval()
+    gate.bfloat16()
+    assert gate.fusion(x, x).plan == "chain"
+    with torch.no_grad():
+        assert gate.fusion(x, x).plan == ("whole" if ours and not norms else "chain")
 
 
 def test_the_reasons_are_told():

@@ -1,7 +1,13 @@
-// Picks the instruction set once, at first use. ATEN_CPU_CAPABILITY (default, avx2, avx512), which PyTorch
-// itself honours, forces a lower one.
+// Picks the instruction set once, at first use, and whether there are matrix units beside it.
+// ATEN_CPU_CAPABILITY (default, avx2, avx512), which PyTorch itself honours, forces a lower one.
 #include <cstdlib>
 #include <cstring>
+
+#if defined(ATTN_GATE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "problem.h"
 
@@ -24,8 +30,26 @@ const Kernels& pick() {
   return kernels_default;
 }
 
+// Linux lends the units' registers to a process that asks for them.
+const MatrixUnits* pick_units() {
+#if defined(ATTN_GATE_AMX)
+  unsigned a, b, c, d;
+  constexpr unsigned tile = 1u << 24, bf16 = 1u << 22;
+  constexpr int ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  if (&kernels() != &kernels_avx512 || (wanted && !std::strcmp(wanted, "avx512"))) return nullptr;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tile) || !(d & bf16)) return nullptr;
+  if (syscall(SYS_arch_prctl, ask, tile_data) == 0) return &amx;
+#endif
+  return nullptr;
+}
+
 }  // namespace
 
+const MatrixUnits* matrix_units() {
+  static const MatrixUnits* const chosen = pick_units();
+  return chosen;
+}
 const Kernels& kernels() {
   static const Kernels& chosen = pick();
   return chosen;

@@ -87,37 +87,55 @@ struct Aside {
   }
 };
 
+// logit = psi_bias + psi . activation(s), NV vectors of voxels from `at` on.
+template <int NV, class T>
+inline __attribute__((always_inline)) void sum_logits(const Worker<T>& work, int64_t at,
+                                                      Vec<Acc<T>> (&logit)[NV], Aside<T>& aside) {
+  using A = Acc<T>;
+  const Problem& p = work.p;
+  const A psi_bias = p.psi_bias ? *static_cast<const A*>(p.psi_bias) : A(0);
+  for (int j = 0; j < NV; ++j) logit[j] = splat(psi_bias);
+  for (int64_t i = 0; i < p.inter; i += kRows) {
+    Vec<A> acc[kRows][NV];
+    work.template preactivation<NV>(i, at, acc, aside);
+    if (p.preact)
+      for (int r = 0; r < kRows; ++r)
+        for (int j = 0; j < NV; ++j) store(work.given + (i + r) * work.ld + at + j * kLanes<A>, acc[r][j]);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+      for (int j = 0; j < NV; ++j) logit[j] += work.packed.psi[i + r] * activate<A>(p.activation, acc[r][j]);
+  }
+}
+template <class A, int NV>
+inline bool finite(const Vec<A> (&v)[NV]) {
+  Vec<A> zeros = {};  // or NaN
+  for (int j = 0; j < NV; ++j) zeros += v[j] * A(0);
+  return horizontal_sum<A>(zeros) == A(0);
+}
+
 template <class T>
 void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0, int64_t v1) {
   using A = Acc<T>;
   Worker<T> work(p, layout, false);
   const int64_t ld = work.ld, voxels = p.coarse.voxels();
-  const A psi_bias = p.psi_bias ? *static_cast<const A*>(p.psi_bias) : A(0);
   Buffer<A> alpha(ld);
   Aside<T> aside;
   if (p.y && !p.applies_later()) aside.behind.emplace(p, n);
   work.begin(aside.next, n, v0, smaller(v0 + ld, v1));
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v;
-    work.add_blocks(aside.next, aside, n, v, end);
-    work.turn_to(aside.next, n, v, end, smaller(end + ld, v1));
+    work.go_through(aside.next, aside, n, v, end, smaller(end + ld, v1));
     work.load_given(n, v, end);
 
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       Vec<A> logit[NV];
-      for (int j = 0; j < NV; ++j) logit[j] = splat(psi_bias);
-      for (int64_t i = 0; i < p.inter; i += kRows) {
-        Vec<A> acc[kRows][NV];
-        work.template preactivation<NV>(i, at, acc, aside);
-        if (p.preact)
-          for (int r = 0; r < kRows; ++r)
-            for (int j = 0; j < NV; ++j) store(work.given + (i + r) * ld + at + j * kLanes<A>, acc[r][j]);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 3
-          for (int j = 0; j < NV; ++j)
-            logit[j] += work.packed.psi[i + r] * activate<A>(p.activation, acc[r][j]);
+      sum_logits<NV>(work, at, logit, aside);
+      if (work.units && !finite<A>(logit)) {
+        for (int64_t u = at; u < smaller(at + NV * kLanes<A>, len); u += kLanes<A>)
+          work.mend(n, v + u, smaller(v + u + kLanes<A>, end), work.sums + u);
+        sum_logits<NV>(work, at, logit, aside);
       }
       for (int j = 0; j < NV; ++j) store(alpha + at + j * kLanes<A>, p.y ? sigmoid<A>(logit[j]) : logit[j]);
     });

@@ -76,7 +76,7 @@ class Incoming {
   static constexpr int64_t kVoxels = 384;
 
  private:
-  static constexpr int64_t kLead = 4;
+  static constexpr int64_t kLead = 16;
   struct Source {
     const T* from;
     A* to;

@@ -116,8 +116,7 @@ void statistics_tiles(const Problem& p, const Layout& layout, const Statistics& 
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v;
     for (int64_t i = 0; i < ld; ++i) inside[i] = A(i < len);
-    work.add_blocks(next, next, n, v, end);
-    work.turn_to(next, n, v, end, smaller(end + ld, v1));
+    work.go_through(next, next, n, v, end, smaller(end + ld, v1));
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       const bool first = held == 0 && at == 0;

@@ -10,20 +10,50 @@
 namespace attn_gate::cpu {
 namespace {
 
+// A block of the product's depth: the parts that make its rows [k0, k0 + rows).
+struct Block {
+  int64_t k0, rows;
+  int64_t at;  // rows of the blocks before, each rounded up to whole steps of matrix units
+  std::vector<Part> parts;
+};
+// All rows at once, or about `most` at a time, whole channels of one part. x's patches, and the coarse grid
+// on itself, which the parts refer to.
+inline std::vector<Block> blocks_of(const Problem& p, const Patches& patches, const Patches& flat,
+                                    int64_t most) {
+  Block all{0, p.depth(), 0, {}};
+  if (p.uses_x()) all.parts.push_back({p.x, patches, true, p.centre_x != nullptr, 0, 0, p.x.channels});
+  if (p.g) all.parts.push_back({p.g, flat, false, p.centre_g != nullptr, p.rows_x(), 0, p.g.channels});
+  if (all.rows <= most) return {all};
+  std::vector<Block> blocks;
+  int64_t at = 0;
+  for (const Part& part : all.parts) {
+    const int64_t channels = part.c1, count = smaller(channels, (part.rows() + most - 1) / most);
+    for (int64_t b = 0; b < count; ++b) {
+      const Part some = part.some(channels * b / count, channels * (b + 1) / count);
+      blocks.push_back({some.k0, some.rows(), at, {some}});
+      at += round_up(some.rows(), MatrixUnits::kDepth);
+    }
+  }
+  return blocks;
+}
+
 // Where the packed pieces of the workspace lie.
 template <class A>
 struct Packed {
-  A *forward, *backward, *bias, *psi;  // W in [I / kRows][K][kRows], W^T in [K / kRows][I][kRows], [I], [I]
-  int64_t inter, rows_x, rows_g;       // as packed: whole blocks
-  Packed(const Problem& p, bool with_backward)
+  // W in [I / kRows][K][kRows], or as matrix units take it; W^T in [K / kRows][I][kRows]; [I]; [I]
+  A *forward, *backward, *bias, *psi;
+  A* wide;  // [I / MatrixUnits::kRows]: whether the rows of W have more bits than bfloat16
+  int64_t inter, rows_x, rows_g;  // as packed: whole blocks
+  Packed(const Problem& p, const Layout& layout, bool with_backward)
       : inter(round_up(p.inter, kBlock<A>)), rows_x(round_up(p.rows_x(), kBlock<A>)),
         rows_g(round_up(p.rows_g(), kBlock<A>)) {
     forward = static_cast<A*>(p.packed);
-    backward = forward + inter * p.depth();
+    backward = forward + layout.forward_elements;
     bias = backward + (with_backward ? (rows_x + rows_g) * p.inter : 0);
     psi = bias + inter;
+    wide = psi + inter;
   }
-  int64_t elements() const { return psi + inter - forward; }
+  int64_t elements() const { return wide + inter / MatrixUnits::kRows - forward; }
 };
 
 // to[r / kRows * pitch + k * kRows + r % kRows] = rows[r * depth + k] for the rows r < count <= kBlock: a
@@ -44,16 +74,55 @@ void pack_rows(const A* rows, int64_t depth, int64_t count, A* to, int64_t pitch
   }
 }
 
+// Where matrix units find rows [i, i + kRows) of W's columns of a block.
+inline uint16_t* packed_for_units(void* packed, int64_t inter, const Block& block, int64_t i) {
+  const int64_t depth = round_up(block.rows, MatrixUnits::kDepth);
+  return static_cast<uint16_t*>(packed) + 3 * (block.at * inter + i * depth);
+}
+// What all of W takes so, in elements of float32, of which each holds two bfloat16.
+inline int64_t elements_for_units(const Problem& p, int64_t inter, int64_t most) {
+  const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
+                flat = same_grid_patches(p.coarse);
+  const Block last = blocks_of(p, patches, flat, most).back();
+  return 3 * (last.at + round_up(last.rows, MatrixUnits::kDepth)) * inter / 2;
+}
+// Packs rows [i0, i0 + kRows) of W for matrix units.
+inline void pack_for_units(const Problem& p, const Layout& layout, const Packed<float>& to, int64_t i0) {
+  bool narrow = true;
+  const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
+                flat = same_grid_patches(p.coarse);
+  for (const Block& block : blocks_of(p, patches, flat, layout.depth)) {
+    const int64_t depth = round_up(block.rows, MatrixUnits::kDepth);
+    Buffer<float> row(depth);
+    std::memset(row, 0, size_t(depth) * sizeof(float));
+    for (int64_t r = 0; r < MatrixUnits::kRows; ++r) {
+      for (const Part& part : block.parts) {
+        const int64_t width = part.of_x ? p.rows_x() : p.rows_g(),
+                      from = part.k0 - (part.of_x ? 0 : p.rows_x());
+        const float* weight = static_cast<const float*>(part.of_x ? p.theta_weight : p.phi_weight);
+        float* to = row + (part.k0 - block.k0);
+        const size_t bytes = size_t(part.rows()) * sizeof(float);
+        i0 + r < p.inter ? std::memcpy(to, weight + (i0 + r) * width + from, bytes)
+                         : std::memset(to, 0, bytes);
+      }
+      narrow &= layout.units->pack(row, r, depth, packed_for_units(p.packed, to.inter, block, i0));
+    }
+  }
+  to.wide[i0 / MatrixUnits::kRows] = !narrow;
+}
+
 // Unit u packs one block of rows: first those of W (for s), then those of W^T (for dx, dg), then bias and
 // psi.
 template <class A>
-void pack_unit(const Problem& p, bool backward, int64_t u) {
-  Packed<A> to(p, backward);
+void pack_unit(const Problem& p, const Layout& layout, bool backward, int64_t u) {
+  Packed<A> to(p, layout, backward);
   constexpr int B = kBlock<A>;
   const int64_t K = p.depth(), I = p.inter, rows_x = p.rows_x();
   const A *theta = static_cast<const A*>(p.theta_weight), *phi = static_cast<const A*>(p.phi_weight);
   if (u < to.inter / B) {
     const int64_t i0 = u * B, rows = smaller(B, I - i0);
+    if constexpr (B == MatrixUnits::kRows)
+      if (layout.units) return pack_for_units(p, layout, to, i0);
     A* dst = to.forward + i0 * K;
     for (int64_t r = rows; r < B; ++r)
       for (int64_t k = 0; k < K; ++k) dst[(r / kRows * K + k) * kRows + r % kRows] = A(0);
@@ -108,16 +177,12 @@ struct NextTile {
   }
 };
 
-// A block of the product's depth: the parts that make its rows [k0, k0 + rows).
-struct Block {
-  int64_t k0, rows;
-  std::vector<Part> parts;
-};
 // What a thread holds while it goes through its tiles, and through each in blocks of the product's depth.
 template <class T>
 struct Worker {
   using A = Acc<T>;
   const Problem& p;
+  const MatrixUnits* const units;
   const int64_t ld;  // voxels a tile, the rows' length
   const Packed<A> packed;
   const Patches patches;            // of x on the coarse grid
@@ -127,24 +192,42 @@ struct Worker {
   const int64_t depth;              // rows of the largest of them
   const int held;   // inputs: this block's, the next one's, that of the tile before if its y is to come
   Buffer<A> input;  // [held][depth][ld]: patches of x, then g
-  A* rows;          // this block's of them
-  size_t at = 0;    // which block that is
-  Buffer<A> sums;   // [I][ld], of the blocks before, where there are several
+  const int parts_w, parts_x;  // bfloat16 that a weight, and a value of the input, is the sum of
+  A* rows;                     // this block's of them
+  size_t at = 0;               // which block that is
+  Buffer<A> sums;   // [I][ld], of the blocks before, where there are several; of all for matrix units
   Buffer<A> given;  // [I][ld]
   std::optional<Resizer<A>> phi;
 
   Worker(const Problem& p_, const Layout& layout, bool backward)
-      : p(p_), ld(layout.tile), packed(p_, backward),
+      : p(p_), units(layout.units), ld(layout.tile), packed(p_, layout, backward),
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
-        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)), blocks(blocks_of(layout.depth)),
-        depth(most_rows(blocks)), held(!p.hides_memory() ? 1
-                                       : holds_x()       ? 3
-                                                         : 2),
-        input(held * depth * ld), rows(input), sums(blocks.size() > 1 ? packed.inter * ld : 0),
+        has_given(p_.theta || p_.phi || (p_.preact && !p_.project)),
+        blocks(blocks_of(p_, patches, flat, layout.depth)), depth(most_rows(blocks)),
+        held(!p.hides_memory() ? 1
+             : holds_x()       ? 3
+                               : 2),
+        input(held * depth * ld), parts_w(units && narrow_weights() ? 1 : 3),
+        parts_x(p.centre_x || p.centre_g  ? 3
+                : std::is_same_v<T, bf16> ? 1
+                : std::is_same_v<T, f16>  ? 2
+                                          : 3),
+        rows(input), sums(units || blocks.size() > 1 ? packed.inter * ld : 0),
         given((has_given || p_.preact) ? packed.inter * ld : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
+    if (units) units->acquire();
   }
+  ~Worker() {
+    if (units) units->release();
+  }
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
 
+  bool narrow_weights() const {
+    for (int64_t i = 0; i < packed.inter; i += MatrixUnits::kRows)
+      if (packed.wide[i / MatrixUnits::kRows] != A(0)) return false;
+    return true;
+  }
   // Whether the rows of x are at hand while y of the tile is written.
   bool holds_x() const {
     const bool rows = p.y && !p.applies_later() && !p.y.channels_last;
@@ -156,22 +239,6 @@ struct Worker {
     return next < input + held * depth * ld ? next : static_cast<A*>(input);
   }
 
-  // All rows at once, or about `most` at a time, whole channels of one part.
-  std::vector<Block> blocks_of(int64_t most) const {
-    Block all{0, p.depth(), {}};
-    if (p.uses_x()) all.parts.push_back({p.x, patches, true, p.centre_x != nullptr, 0, 0, p.x.channels});
-    if (p.g) all.parts.push_back({p.g, flat, false, p.centre_g != nullptr, p.rows_x(), 0, p.g.channels});
-    if (all.rows <= most) return {all};
-    std::vector<Block> blocks;
-    for (const Part& part : all.parts) {
-      const int64_t channels = part.c1, count = smaller(channels, (part.rows() + most - 1) / most);
-      for (int64_t b = 0; b < count; ++b) {
-        const Part some = part.some(channels * b / count, channels * (b + 1) / count);
-        blocks.push_back({some.k0, some.rows(), {some}});
-      }
-    }
-    return blocks;
-  }
   static int64_t most_rows(const std::vector<Block>& blocks) {
     int64_t most = 0;
     for (const Block& block : blocks) most = block.rows > most ? block.rows : most;
@@ -180,18 +247,30 @@ struct Worker {
 
   // How often the products of a whole tile with this block look aside.
   int64_t looks_aside() const {
+    if (units) return MatrixUnits::asides_of(packed.inter, blocks[at].rows, ld);
     const int64_t panels = (ld + kCols * kLanes<A> - 1) / (kCols * kLanes<A>),
                   K = p.project ? blocks[at].rows : 0;
     return panels * ((p.inter + kRows - 1) / kRows) * (K > 0 ? (K + kStep - 1) / kStep : 1);
   }
   // Begins with the voxels [v0, v1) of sample n: what can be loaded aside is on its way into next_rows().
   void begin(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1) { expect(next, n, v0, v1, 0); }
-  // Goes through all blocks of the tile [v0, v1) but the last, and keeps their sums.
+  // Goes through the blocks of the tile [v0, v1), behind which that up to v2 comes, and keeps their sums: of
+  // all but the last one, which is at hand then; of all with matrix units.
+  template <class Aside>
+  void go_through(NextTile<T>& next, Aside& aside, int64_t n, int64_t v0, int64_t v1, int64_t v2) {
+    add_blocks(next, aside, n, v0, v1);
+    turn_to(next, n, v0, v1, v2);
+    if (units) multiply_by_units(aside, v1 - v0);
+  }
   template <class Aside>
   void add_blocks(NextTile<T>& next, Aside& aside, int64_t n, int64_t v0, int64_t v1) {
     for (size_t b = 0; b + 1 < blocks.size(); ++b) {
       go_on(next, n, v0, v1, b);
       expect(next, n, v0, v1, b + 1);
+      if (units) {
+        multiply_by_units(aside, v1 - v0);
+        continue;
+      }
       for_panels<A>(v1 - v0, [&](auto nv, int64_t v) {
         constexpr int NV = decltype(nv)::value;
         for (int64_t i = 0; i < p.inter; i += kRows) {
@@ -282,6 +361,40 @@ struct Worker {
     copy<A, NV>(sums, acc);
   }
 
+  // sums = or += W's columns times this block's rows.
+  template <class Aside>
+  void multiply_by_units(Aside& aside, int64_t len) const {
+    if constexpr (std::is_same_v<A, float>) {
+      const Block& block = blocks[at];
+      units->multiply(
+          packed_for_units(p.packed, packed.inter, block, 0), parts_w, packed.inter, rows, parts_x,
+          block.rows, len, ld, at > 0, sums, [](void* context) { static_cast<Aside*>(context)->step(); },
+          &aside);
+    }
+  }
+
+  // Makes the sums in `column`, of the voxels [v0, v1) that a vector holds, as float32 does where they are
+  // not finite, which matrix units may have made them.
+  void mend(int64_t n, int64_t v0, int64_t v1, A* column) const {
+    Vec<A> finite = {};  // or NaN
+    for (int64_t i = 0; i < p.inter; ++i) finite += load(column + i * ld) * A(0);
+    Buffer<A> x(p.depth() * kLanes<A>);
+    for (const Block& block : blocks)
+      for (const Part& part : block.parts) {
+        A* to = x + part.k0 * kLanes<A>;
+        load_tile<T>(part.map, part.patches, n, v0, v1, part.c0, part.c1, to, kLanes<A>);
+        if (part.centred) centre_rows(p, part.k0, part.k0 + part.rows(), kLanes<A>, kLanes<A>, to);
+      }
+    const A *theta = static_cast<const A*>(p.theta_weight), *phi = static_cast<const A*>(p.phi_weight);
+    for (int64_t i = 0; i < p.inter; ++i) {
+      Vec<A> sum = {};
+      const A* row = x;
+      for (int64_t k = 0; k < p.rows_x(); ++k, row += kLanes<A>) sum += theta[i * p.rows_x() + k] * load(row);
+      for (int64_t k = 0; k < p.rows_g(); ++k, row += kLanes<A>) sum += phi[i * p.rows_g() + k] * load(row);
+      store(column + i * ld, finite == A(0) ? load(column + i * ld) : sum);
+    }
+  }
+
   // Whether a part's rows can be loaded between the steps of a product.
   bool loads(const Part& part) const {
     return p.hides_memory() && (part.in_rows() || part.template in_pairs<A>());
@@ -290,6 +403,14 @@ struct Worker {
   template <int NV, class Aside>
   inline __attribute__((always_inline)) void add_block(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV],
                                                        Aside& aside) const {
+    if (units) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+        for (int j = 0; j < NV; ++j)
+          acc[r][j] = packed.bias[i + r] + load(sums + (i + r) * ld + v + j * kLanes<A>);
+      return;
+    }
     const bool stored = p.preact && !p.project;  // a stored s holds the bias already
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)

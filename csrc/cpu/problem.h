@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../grid.h"
+#include "matrix_units.h"
 
 // Members that every instruction set's objects use leave no copy of their own for the linker to choose among.
 #define ATTN_GATE_INLINE __attribute__((always_inline)) inline
@@ -110,10 +111,12 @@ struct Moments {
 
 // Sizes that operators and kernels must agree on; the kernels fill it in for their vector length.
 struct Layout {
-  int64_t tile = 0;             // coarse voxels a tile
-  int64_t depth = 0;            // rows of the product's depth that forward goes through at a time, about
-  int64_t packed_elements = 0;  // of `packed`
-  int64_t pack_units = 0;       // independent pieces of the packing
+  int64_t tile = 0;   // coarse voxels a tile
+  int64_t depth = 0;  // rows of the product's depth that forward goes through at a time, about
+  const MatrixUnits* units = nullptr;  // what makes forward's product, or null: the vectors
+  int64_t forward_elements = 0;        // of `packed`, the weights that forward multiplies with
+  int64_t packed_elements = 0;         // of `packed`
+  int64_t pack_units = 0;              // independent pieces of the packing
   // A group's sums: theta's weight gradient [I, C * taps] in panels of panel_x columns, [panels][weight_rows]
   // [panel_x], then phi's, from column columns_x on, then d_bias [I], d_psi [I], d_psi_bias [1], and of batch
   // norms the gradients of theta's scale [I] and of phi's.

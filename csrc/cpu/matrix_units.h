@@ -1,0 +1,38 @@
+// Products of float32 matrices on units that multiply matrices of bfloat16 (Intel's AMX).
+//
+// A float32 is the sum of three bfloat16, its leading, middle and trailing 8 bits of mantissa, and so a
+// product is the sum of nine, of which the six largest are made: what is left out is below 2^-23 of the
+// product, 2^-25 on average. Sums are float32's. That is as exact as float32's own multiply-adds (Henry, Tang
+// and Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
+// computations"), and the units have 16 times their arithmetic. Infinity, NaN and sums that overflow come out
+// as infinity or NaN, not always as the one that float32 would give; numbers below 2^-126 count as 0.
+#pragma once
+#include <cstdint>
+
+namespace attn_gate::cpu {
+
+struct MatrixUnits {
+  static constexpr int64_t kRows = 16, kDepth = 32, kVoxels = 16;  // of one instruction
+
+  static int64_t asides_of(int64_t inter, int64_t depth, int64_t len) {
+    const int64_t blocks = (inter + 2 * kRows - 1) / (2 * kRows) * ((len + 2 * kVoxels - 1) / (2 * kVoxels));
+    return blocks * ((depth + kDepth - 1) / kDepth);
+  }
+  // Sets up the units of the calling thread, and gives them back.
+  void (*acquire)();
+  void (*release)();
+  // Row r < kRows of a tile of rows of W, `depth` columns (whole kDepth) of it: to[step][3][kRows][kDepth].
+  // Whether all of them are bfloat16 already.
+  bool (*pack)(const float* row, int64_t r, int64_t depth, uint16_t* to);
+  // sums[i][v] = (add: +=) W rows[depth][v], for i < inter and v < len, both rounded up to whole tiles, where
+  // each of W is the sum of parts_w (1 or 3) bfloat16, each of rows of parts_x. Rows of `rows` and `sums` are
+  // ld apart. Between two steps it calls aside(context), asides_of() times in all.
+  void (*multiply)(const uint16_t* w, int parts_w, int64_t inter, const float* rows, int parts_x,
+                   int64_t depth, int64_t len, int64_t ld, bool add, float* sums, void (*aside)(void*),
+                   void* context);
+};
+
+extern const MatrixUnits amx;
+const MatrixUnits* matrix_units();  // null where there are none; ATEN_CPU_CAPABILITY rules them out too
+
+}  // namespace attn_gate::cpu

@@ -1,0 +1,117 @@
+"""Products of float32 on matrix units of bfloat16: as exact as float32, whatever the numbers are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attn_gate import functional, reference
+from attn_gate._library import cpu_isa
+from attn_gate.cases import channels_last
+
+pytestmark = pytest.mark.skipif(cpu_isa() != "amx", reason="this machine lends no AMX")
+
+CHANNELS, INTER, SIZE = 96, 96, (9, 13)  # 2^14 weights and more, a tile of voxels and a piece of one
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def inputs(dtype=torch.float32, **replaced):
+    """Of attention_logits: x, g and the weights of theta, phi and psi."""
+    tensors = {
+        "x": torch.randn(2, CHANNELS, *SIZE, dtype=dtype),
+        "g": torch.randn(2, CHANNELS, *SIZE, dtype=dtype),
+        "theta_weight": torch.randn(INTER, CHANNELS, 1, 1) / CHANNELS**0.5,
+        "phi_weight": torch.randn(INTER, CHANNELS, 1, 1) / CHANNELS**0.5,
+        "psi_weight": torch.randn(1, INTER, 1, 1),
+    }
+    return {**tensors, **replaced}
+
+
+def logits(module, tensors, dtype=None):
+    if dtype is not None:
+        tensors = {name: t.to(dtype) for name, t in tensors.items()}
+    with torch.no_grad():
+        return module.attention_logits(**tensors, activation="gelu")
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("arrange", [lambda t: t, channels_last], ids=["contiguous", "channels last"])
+def test_as_exact_as_float32(scale, arrange):
+    tensors = inputs()
+    tensors["x"], tensors["g"] = arrange(tensors["x"] * scale), arrange(tensors["g"])
+    tensors["theta_weight"] /= scale
+    exact = logits(reference, tensors, torch.float64)
+    error, eager = ((logits(way, tensors) - exact).norm() for way in (functional, reference))
+    assert 0 < error <= 1.25 * eager
+
+
+@pytest.mark.parametrize(
+    "weights,narrow",
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float32)]
+    + [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16)],
+    ids=str,
+)
+def test_as_exact_of_narrower_numbers(weights, narrow):
+    """Whose products that must be zero are left out."""
+    tensors = inputs(narrow)
+    for name in ("theta_weight", "phi_weight"):
+        tensors[name] = tensors[name].to(weights).float()
+    exact = logits(reference, tensors, torch.float64)
+    wide = {**tensors, "x": tensors["x"].float(), "g": tensors["g"].float()}
+    error, eager = (logits(functional, tensors) - exact).norm(), (logits(reference, wide) - exact).norm()
+    assert 0 < error <= 1.25 * eager
+
+
+def test_all_bits_count():
+    """One weight of 1: the logit is that element of the input, to the last bit."""
+    for k in (0, 1, 31, 32, CHANNELS - 1):
+        theta, psi = torch.zeros(INTER, CHANNELS, 1, 1), torch.zeros(1, INTER, 1, 1)
+        theta[5, k], psi[0, 5] = 1, 1
+        tensors = inputs(theta_weight=theta, phi_weight=torch.zeros(INTER, CHANNELS, 1, 1), psi_weight=psi)
+        tensors["x"] = tensors["x"].abs()
+        with torch.no_grad():
+            assert torch.equal(functional.attention_logits(**tensors)[:, 0], tensors["x"][:, k])
+        # and so is that weight, where the input is 1
+        theta[5, k] = 1 + 2**-23
+        tensors["x"] = torch.ones(2, CHANNELS, *SIZE)
+        with torch.no_grad():
+            assert (functional.attention_logits(**tensors) == theta[5, k]).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e37, -1e37])
+@pytest.mark.parametrize("name", ["x", "g", "theta_weight", "phi_weight"])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_numbers_that_are_not_finite_come_out_as_in_eager(name, value, zeros):
+    """Also those that overflow. Zeros: bfloat16 weights, and inputs, whose products with infinity are NaN."""
+    tensors = inputs()
+    tensors["psi_weight"].abs_()  # so that infinities don't meet their like
+    if zeros:
+        tensors = {key: (t * 4).round() for key, t in tensors.items()}
+    if "weight" not in name:  # and the weights that it meets are large
+        for other in ("theta_weight", "phi_weight"):
+            tensors[other] *= 1e9
+    else:
+        for other in ("x", "g"):
+            tensors[other] *= 1e9
+    before, whole = functional.attention_gate(**tensors)[0], tensors[name]
+    tensors[name] = spoilt = whole.clone()
+    spoilt.view(-1)[spoilt.numel() // 2 + 3] = value
+    found, expected = functional.attention_gate(**tensors), reference.attention_gate(**tensors)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    if "weight" not in name:  # the other voxels never met it
+        away = (spoilt == whole).all(1, keepdim=True).expand_as(before)
+        assert torch.equal(found[0][away], before[away])
+
+
+def test_units_are_given_back():
+    """PyTorch's own kernels set them up for themselves; what a thread leaves behind would slow it down."""
+    tensors = inputs(torch.bfloat16)
+    weight = torch.randn(64, CHANNELS, 1, 1, dtype=torch.bfloat16)
+    before = torch.conv2d(tensors["x"], weight)
+    functional.attention_gate(**tensors)
+    assert torch.equal(torch.conv2d(tensors["x"], weight), before)
