@@ -51,6 +51,8 @@ class FoldCache:
         Norms that can't be folded (see `is_foldable`) are left out. Differentiable where any parameter asks
         for a gradient; gradients are then those of the unfolded gate.
         """
+        if all(_foldable_norm(parts, layer) is None for layer in _LAYERS):
+            return _fold(parts)  # a sum of biases at most: sooner made than compared
         sources = tuple(_sources(parts))
         if not _may_keep(sources):
             return _fold(parts)

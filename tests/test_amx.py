@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attn_gate import functional, reference
-from attn_gate._library import cpu_isa
+from attn_gate._library import cpu_isa, ops
 from attn_gate.cases import channels_last
 
 pytestmark = pytest.mark.skipif(cpu_isa() != "amx", reason="this machine lends no AMX")
@@ -88,14 +88,11 @@ def test_all_bits_count():
 def test_numbers_that_are_not_finite_come_out_as_in_eager(name, value, zeros):
     """Also those that overflow. Zeros: bfloat16 weights, and inputs, whose products with infinity are NaN."""
     tensors = inputs()
-    tensors["psi_weight"].abs_()  # so that infinities don't meet their like
+    tensors["psi_weight"].abs_().mul_(0.02)  # infinities don't meet their like, nor does alpha saturate
     if zeros:
         tensors = {key: (t * 4).round() for key, t in tensors.items()}
-    if "weight" not in name:  # and the weights that it meets are large
-        for other in ("theta_weight", "phi_weight"):
-            tensors[other] *= 1e9
-    else:
-        for other in ("x", "g"):
+    if abs(value) < float("inf"):  # what it meets is large too
+        for other in ("theta_weight", "phi_weight") if "weight" not in name else ("x", "g"):
             tensors[other] *= 1e9
     before, whole = functional.attention_gate(**tensors)[0], tensors[name]
     tensors[name] = spoilt = whole.clone()
@@ -106,6 +103,18 @@ def test_numbers_that_are_not_finite_come_out_as_in_eager(name, value, zeros):
     if "weight" not in name:  # the other voxels never met it
         away = (spoilt == whole).all(1, keepdim=True).expand_as(before)
         assert torch.equal(found[0][away], before[away])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_statistics_of_centred_maps(dtype):
+    """Off whose mean even a bfloat16 has more bits than one."""
+    x, weight = (torch.randn(2, CHANNELS, *SIZE) + 30).to(dtype), torch.randn(INTER, CHANNELS, 1, 1)
+    weight = torch.cat((weight, weight.flip(0)))  # 2^14 weights
+    centre = x.double().mean((0, 2, 3)).float()
+    mean, var = ops.projection_statistics(x, weight, centre, [1, 1])
+    exact = torch.conv2d(x.double() - centre.view(-1, 1, 1), weight.double())
+    torch.testing.assert_close(var, exact.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean, exact.mean((0, 2, 3)), rtol=0, atol=1e-4)
 
 
 def test_units_are_given_back():
