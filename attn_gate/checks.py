@@ -126,6 +126,27 @@ def check_projections(x: Any, g: Any, theta_weight: Any, phi_weight: Any, bias: 
         check_parameter("bias", bias, (inter,), x)
 
 
+def checked_whole(
+    x: Any,
+    g: Any,
+    theta_weight: Any,
+    phi_weight: Any,
+    psi_weight: Any,
+    bias: Any,
+    psi_bias: Any,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    recompute: Any,
+) -> tuple[list[int], list[int]]:
+    """Stride and padding with a number for each axis, of a whole gate whose maps and parameters fit."""
+    check_recompute(recompute)
+    check_projections(x, g, theta_weight, phi_weight, bias)
+    check_psi(psi_weight, psi_bias, theta_weight.shape[0], x)
+    window = checked_window(x, theta_weight, stride, padding)
+    check_resizable("g", g, x.shape[2:])
+    return window
+
+
 def checked_window(
     x: Tensor, theta_weight: Tensor, stride: int | Sequence[int], padding: int | Sequence[int]
 ) -> tuple[list[int], list[int]]:

@@ -116,6 +116,6 @@ def _states(layers: Iterable[tuple[str, nn.Module | None]]) -> list | None:
         # A frozen ScriptModule has no mode.
         states += (getattr(layer, "training", None), has_hooks(layer))
         if "weight" in layer._parameters and (weight := layer._parameters["weight"]) is not None:
-            states += (type(weight), weight.dtype, weight.device)
+            states += (type(weight), weight.dtype, weight.device, weight.shape)
         states += (name in layer._buffers and layer._buffers[name] is None for name in _STATISTICS)
     return states

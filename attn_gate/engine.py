@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from attn_gate import eager, functional, matrix_units, pointwise, reference, training
+from attn_gate import checks, eager, functional, matrix_units, operators, pointwise, reference, training
 from attn_gate.decisions import has_hooks
 from attn_gate.eager import Parts
 from attn_gate.folding import FoldCache, fold, fold_layer, is_foldable
@@ -55,6 +55,21 @@ def fusion(
     return found
 
 
+def decide(spec: GateSpec, parts: Parts, x: Tensor, g: Tensor, recompute: str | bool) -> str:
+    """The plan of `fusion`, for `run`, which doesn't look again at whether maps and parameters fit.
+
+    Raises:
+        TypeError, ValueError: they don't.
+    """
+    plan = fusion(spec, parts, x, g, recompute).plan
+    if plan in ("whole", "whole_logits"):
+        maps = functional.cast(eager.input_of_theta(spec, x, g), g)
+        layers = parts.theta, parts.phi, parts.psi
+        parameters = (*(layer.weight for layer in layers), parts.theta.bias, parts.psi.bias)
+        checks.checked_whole(*maps, *parameters, spec.theta_stride, 0, recompute)
+    return plan
+
+
 def run(
     spec: GateSpec,
     parts: Parts,
@@ -68,7 +83,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """The whole described gate: y [N, C, *S] (behind the output transform) and alpha [N, 1 or C, *R].
 
-    plan: that of `fusion` for these maps. backend, recompute: as in AttentionGate; backend="eager" is plain
+    plan: that of `decide` for these maps. backend, recompute: as in AttentionGate; backend="eager" is plain
     PyTorch, whatever the plan. cache: keeps the folded batch norms of these parts.
     """
     if backend == "eager":
@@ -113,17 +128,12 @@ def _whole(
     cache: FoldCache,
 ) -> tuple[Tensor, Tensor]:
     inputs = (eager.input_of_theta(spec, x, g), g, *cache.folded(parts))
-    options = {
-        "stride": spec.theta_stride,
-        "phi_resize": eager.kernel_resize(spec.phi_resize),
-        "activation": spec.activation,
-        "recompute": recompute,
-        "backend": backend,
-    }
+    phi_resize, alpha_resize = map(eager.kernel_resize, (spec.phi_resize, spec.alpha_resize))
+    op, modes = operators.ATTENTION_GATE, (phi_resize, alpha_resize, spec.activation)
     if logits:
-        return _finish(spec, parts, x, functional.attention_logits(*inputs, **options), backend)
-    options["alpha_resize"] = eager.kernel_resize(spec.alpha_resize)
-    return functional.attention_gate(*inputs, **options)
+        op, modes = operators.ATTENTION_LOGITS, (phi_resize, spec.activation)
+    results = functional.run_whole(op, *inputs, spec.theta_stride, modes, recompute, backend)
+    return _finish(spec, parts, x, results[0], backend) if logits else results
 
 
 def _chain(

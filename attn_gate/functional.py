@@ -132,21 +132,15 @@ def attention_gate(
     phi_resize = checks.checked_resize("phi_resize", phi_resize, align_corners)
     alpha_resize = checks.checked_resize("alpha_resize", alpha_resize, align_corners)
     checks.check_activation(activation)
-    checks.check_recompute(recompute)
     x, g = cast(x, g)
-    checks.check_projections(x, g, theta_weight, phi_weight, bias)
-    checks.check_psi(psi_weight, psi_bias, theta_weight.shape[0], x)
-    stride, padding = checks.checked_window(x, theta_weight, stride, padding)
-    checks.check_resizable("g", g, x.shape[2:])
+    parameters = (theta_weight, phi_weight, psi_weight, bias, psi_bias)
+    stride, padding = checks.checked_whole(x, g, *parameters, stride, padding, recompute)
     if _patches_overlap(theta_weight, stride, padding):
         theta, phi = _convolved(x, g, theta_weight, phi_weight, bias, stride, padding)
         tensors = (x, theta, phi, psi_weight.reshape(-1), psi_bias)
         return _run(operators.GATE, backend, tensors, phi_resize, alpha_resize, activation)
-    tensors = (x, g, theta_weight, phi_weight, bias, psi_weight.reshape(-1), psi_bias)
-    store = _stores(recompute, tensors, stride)
-    return _run(
-        operators.ATTENTION_GATE, backend, tensors, stride, phi_resize, alpha_resize, activation, store
-    )
+    modes = (phi_resize, alpha_resize, activation)
+    return run_whole(operators.ATTENTION_GATE, x, g, *parameters, stride, modes, recompute, backend)
 
 
 def attention_logits(
@@ -169,19 +163,15 @@ def attention_logits(
     """`attention_gate` up to the logits [N, 1, *R], for other normalisers."""
     phi_resize = checks.checked_resize("phi_resize", phi_resize, align_corners)
     checks.check_activation(activation)
-    checks.check_recompute(recompute)
     x, g = cast(x, g)
-    checks.check_projections(x, g, theta_weight, phi_weight, bias)
-    checks.check_psi(psi_weight, psi_bias, theta_weight.shape[0], x)
-    stride, padding = checks.checked_window(x, theta_weight, stride, padding)
-    checks.check_resizable("g", g, x.shape[2:])
+    parameters = (theta_weight, phi_weight, psi_weight, bias, psi_bias)
+    stride, padding = checks.checked_whole(x, g, *parameters, stride, padding, recompute)
     if _patches_overlap(theta_weight, stride, padding):
         theta, phi = _convolved(x, g, theta_weight, phi_weight, bias, stride, padding)
         tensors = (theta, phi, psi_weight.reshape(-1), psi_bias)
         return _run(operators.GATE_LOGITS, backend, tensors, phi_resize, activation)[0]
-    tensors = (x, g, theta_weight, phi_weight, bias, psi_weight.reshape(-1), psi_bias)
-    store = _stores(recompute, tensors, stride)
-    return _run(operators.ATTENTION_LOGITS, backend, tensors, stride, phi_resize, activation, store)[0]
+    modes = (phi_resize, activation)
+    return run_whole(operators.ATTENTION_LOGITS, x, g, *parameters, stride, modes, recompute, backend)[0]
 
 
 def apply_attention(
@@ -232,6 +222,28 @@ def moments(
     if x.ndim == 3:
         x, kernel, stride = x.unsqueeze(2), [1, *kernel], [1, *stride]
     return call(operators.MOMENTS, x, kernel, stride)
+
+
+def run_whole(
+    op: operators.Operator,
+    x: Tensor,
+    g: Tensor,
+    theta_weight: Tensor,
+    phi_weight: Tensor,
+    psi_weight: Tensor,
+    bias: Tensor | None,
+    psi_bias: Tensor | None,
+    stride: Sequence[int],
+    modes: tuple[str, ...],
+    recompute: str | bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """ATTENTION_GATE or ATTENTION_LOGITS of what `checks.checked_whole` has let pass, which modules ask once
+    for calls alike (decisions.py). modes: the operator's options behind the stride."""
+    x, g = cast(x, g)
+    tensors = (x, g, theta_weight, phi_weight, bias, psi_weight.reshape(-1), psi_bias)
+    stride = list(stride)
+    return _run(op, backend, tensors, stride, *modes, _stores(recompute, tensors, stride))
 
 
 def _run(

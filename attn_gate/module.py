@@ -181,7 +181,9 @@ class AttentionGate(nn.Module):
 
     def _plan(self, x: Tensor, g: Tensor) -> str:
         self._check(x, g)
-        return "eager" if self.backend == "eager" else self.fusion(x, g).plan
+        if self.backend == "eager":
+            return "eager"
+        return engine.decide(self.spec, self, x, g, self.recompute)
 
     def _check(self, x: Tensor, g: Tensor) -> None:
         spec = self.spec

@@ -135,7 +135,7 @@ class FusedGate:
         parts = layers_of(gate, self.paths)
         x, g, precision = _in_own_dtype(x, g, parts)
         with precision:
-            return engine.fusion(self.found.spec, parts, x, g, self.recompute).plan
+            return engine.decide(self.found.spec, parts, x, g, self.recompute)
 
     def run(self, gate: nn.Module, plan: str, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
         """The gate's results by this plan, in the dtypes that its own forward would return them in."""

@@ -261,7 +261,7 @@ def _step(run: Callable, twin: nn.Module, x: Tensor, g: Tensor, training: bool) 
 
 def _run(spec: GateSpec, paths: Layers, net: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     parts = Layers(*[find(net, path) for path in paths])
-    options = {"recompute": True, "plan": engine.fusion(spec, parts, x, g, recompute=True).plan}
+    options = {"recompute": True, "plan": engine.decide(spec, parts, x, g, recompute=True)}
     return engine.run(spec, parts, x, g, backend="cpu", cache=FoldCache(), **options)
 
 

@@ -219,6 +219,16 @@ def test_scripted_layers_are_called():
     torch.testing.assert_close(gate(x, g), expected)
 
 
+def test_a_layer_of_another_shape_is_refused_by_name():
+    """What the operators would be told of it is checked when a call is decided."""
+    gate = AttentionGate(8, 8, preset="same_grid").eval()
+    gate(*maps())
+    gate.phi = nn.Conv2d(8, gate.inter_channels + 1, 1)
+    gate.phi_norm = None
+    with pytest.raises(ValueError, match="phi_weight must have shape"):
+        gate(*maps())
+
+
 def test_frozen_layers_are_called():
     gate = AttentionGate(8, 8, preset="same_grid").eval()
     x, g = maps()
