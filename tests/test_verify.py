@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from attn_gate import backends, cases, cli, functional, verify
+from attn_gate import backends, cases, cli, functional, operators, verify
 from attn_gate.judge import judge, worst
 
 FEW = ("same grid 2D", "paper 2D", "keras 2D")
@@ -56,7 +56,7 @@ def test_a_wrong_output_is_found_and_named(output, monkeypatch, capsys):
 
 
 def test_a_wrong_gradient_is_found_and_named(monkeypatch, capsys):
-    right = functional.attention_gate
+    right = functional.run_whole
 
     class Slightly(torch.autograd.Function):
         @staticmethod
@@ -69,11 +69,10 @@ def test_a_wrong_gradient_is_found_and_named(monkeypatch, capsys):
             grad[..., -1] *= 1.001  # as a kernel that forgets part of the last column
             return grad
 
-    def wrong(x, *args, **kwargs):
-        return right(Slightly.apply(x), *args, **kwargs)
+    def wrong(op, x, *args):
+        return right(op, Slightly.apply(x) if op is operators.ATTENTION_GATE else x, *args)
 
-    wrong.__name__ = "attention_gate"
-    monkeypatch.setattr(functional, "attention_gate", wrong)
+    monkeypatch.setattr(functional, "run_whole", wrong)
     assert cli.main(["verify", "--dtype", "float64"]) == 1
     rows = wrong_rows(capsys.readouterr().out)
     # The operator, and the module's presets, which all run it.
