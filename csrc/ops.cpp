@@ -18,7 +18,7 @@
 #include "cpu/problem.h"
 
 namespace {
-std::string cpu_isa() { return attn_gate::cpu::matrix_units() ? "amx" : attn_gate::cpu::kernels().name; }
+std::string cpu_isa() { return attn_gate::cpu::has_matrix_units() ? "amx" : attn_gate::cpu::kernels().name; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY(attn_gate, m) {

@@ -30,25 +30,41 @@ const Kernels& pick() {
   return kernels_default;
 }
 
-// Linux lends the units' registers to a process that asks for them.
-const MatrixUnits* pick_units() {
+// Linux lends the units' registers to a process that asks for them (Documentation/arch/x86/xstate.rst).
 #if defined(ATTN_GATE_AMX)
+constexpr int kSupported = 0x1021, kAsk = 0x1023;  // ARCH_GET_XCOMP_SUPP, ARCH_REQ_XCOMP_PERM
+constexpr int kTileData = 18;                      // XFEATURE_XTILEDATA
+#endif
+
+bool find_units() {
+#if defined(ATTN_GATE_AMX)
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  if (&kernels() != &kernels_avx512 || (wanted && !std::strcmp(wanted, "avx512"))) return false;
   unsigned a, b, c, d;
   constexpr unsigned tile = 1u << 24, bf16 = 1u << 22;
-  constexpr int ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
-  if (&kernels() != &kernels_avx512 || (wanted && !std::strcmp(wanted, "avx512"))) return nullptr;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tile) || !(d & bf16)) return nullptr;
-  if (syscall(SYS_arch_prctl, ask, tile_data) == 0) return &amx;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tile) || !(d & bf16)) return false;
+  unsigned long long features = 0;
+  return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1);
+#else
+  return false;
+#endif
+}
+const MatrixUnits* ask_for_units() {
+#if defined(ATTN_GATE_AMX)
+  if (has_matrix_units() && syscall(SYS_arch_prctl, kAsk, kTileData) == 0) return &amx;
 #endif
   return nullptr;
 }
 
 }  // namespace
 
+bool has_matrix_units() {
+  static const bool found = find_units();
+  return found;
+}
 const MatrixUnits* matrix_units() {
-  static const MatrixUnits* const chosen = pick_units();
-  return chosen;
+  static const MatrixUnits* const lent = ask_for_units();
+  return lent;
 }
 const Kernels& kernels() {
   static const Kernels& chosen = pick();

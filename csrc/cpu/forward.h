@@ -87,13 +87,15 @@ struct Aside {
   }
 };
 
-// logit = psi_bias + psi . activation(s), NV vectors of voxels from `at` on.
+// logit = psi_bias + psi . activation(s), NV vectors of voxels from `at` on. Whether all of s is finite,
+// which only products of matrix units are asked.
 template <int NV, class T>
-inline __attribute__((always_inline)) void sum_logits(const Worker<T>& work, int64_t at,
+inline __attribute__((always_inline)) bool sum_logits(const Worker<T>& work, int64_t at,
                                                       Vec<Acc<T>> (&logit)[NV], Aside<T>& aside) {
   using A = Acc<T>;
   const Problem& p = work.p;
   const A psi_bias = p.psi_bias ? *static_cast<const A*>(p.psi_bias) : A(0);
+  Vec<A> zeros = {};  // or NaN
   for (int j = 0; j < NV; ++j) logit[j] = splat(psi_bias);
   for (int64_t i = 0; i < p.inter; i += kRows) {
     Vec<A> acc[kRows][NV];
@@ -102,15 +104,15 @@ inline __attribute__((always_inline)) void sum_logits(const Worker<T>& work, int
       for (int r = 0; r < kRows; ++r)
         for (int j = 0; j < NV; ++j) store(work.given + (i + r) * work.ld + at + j * kLanes<A>, acc[r][j]);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r) {
+      if (i + r >= p.inter) break;  // rows that fill up a block: 0 weights of an infinite input are NaN
 #pragma GCC unroll 3
-      for (int j = 0; j < NV; ++j) logit[j] += work.packed.psi[i + r] * activate<A>(p.activation, acc[r][j]);
+      for (int j = 0; j < NV; ++j) {
+        logit[j] += work.packed.psi[i + r] * activate<A>(p.activation, acc[r][j]);
+        if (work.units) zeros += acc[r][j] * A(0);
+      }
+    }
   }
-}
-template <class A, int NV>
-inline bool finite(const Vec<A> (&v)[NV]) {
-  Vec<A> zeros = {};  // or NaN
-  for (int j = 0; j < NV; ++j) zeros += v[j] * A(0);
   return horizontal_sum<A>(zeros) == A(0);
 }
 
@@ -131,8 +133,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       Vec<A> logit[NV];
-      sum_logits<NV>(work, at, logit, aside);
-      if (work.units && !finite<A>(logit)) {
+      if (!sum_logits<NV>(work, at, logit, aside)) {
         for (int64_t u = at; u < smaller(at + NV * kLanes<A>, len); u += kLanes<A>)
           work.mend(n, v + u, smaller(v + u + kLanes<A>, end), work.sums + u);
         sum_logits<NV>(work, at, logit, aside);

@@ -21,12 +21,14 @@ void with_dtype(DType t, F&& f) {
   }
 }
 
-// Whether matrix units make forward's product. In float32 they take six products, three where one factor is
-// bfloat16, and slow the core's clock. Measured, time against that of the vectors: 0.83 to 0.92 from 2^14
-// weights on and 1.1 to 1.2 below in float32, 0.6 to 0.8 in bfloat16.
+// Whether matrix units make forward's product. They take six products of float32, five of float16 and three
+// of bfloat16 maps, a third where weights are bfloat16, and slow the core's clock. Measured, time against
+// that of the vectors: float32 0.83 to 0.92 from 2^14 weights on, 1.1 to 1.2 below; float16 0.85 at
+// 2^16, 1.13 to 1.3 at 2^14 and below; bfloat16 0.55 to 0.8.
 bool units_pay(const Problem& p) {
   if (p.preact && (p.theta || p.phi)) return false;  // s takes the place of what Worker::mend would need
-  return p.dtype != DType::f32 || p.inter * p.depth() >= (1 << 14);
+  const int64_t least = p.dtype == DType::f32 ? 1 << 14 : p.dtype == DType::f16 ? 1 << 16 : 0;
+  return p.inter * p.depth() >= least;
 }
 
 template <class A>

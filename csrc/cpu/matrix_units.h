@@ -4,8 +4,9 @@
 // product is the sum of nine, of which the six largest are made: what is left out is below 2^-23 of the
 // product, 2^-25 on average. Sums are float32's. That is as exact as float32's own multiply-adds (Henry, Tang
 // and Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
-// computations"), and the units have 16 times their arithmetic. Infinity, NaN and sums that overflow come out
-// as infinity or NaN, not always as the one that float32 would give; numbers below 2^-126 count as 0.
+// computations"), and the units have 16 times their arithmetic. Infinity, NaN and sums that overflow, as some
+// do that wouldn't in another order, come out as infinity or NaN, not always as the one that float32 would
+// give. Numbers below 2^-110 lose bits, those below 2^-126 count as 0.
 #pragma once
 #include <cstdint>
 
@@ -33,6 +34,9 @@ struct MatrixUnits {
 };
 
 extern const MatrixUnits amx;
-const MatrixUnits* matrix_units();  // null where there are none; ATEN_CPU_CAPABILITY rules them out too
+bool has_matrix_units();  // here, and ATEN_CPU_CAPABILITY doesn't rule them out
+// For use, which the process asks the system for at the first call: from then on it has larger signal frames.
+// Null where there are none or the system refuses.
+const MatrixUnits* matrix_units();
 
 }  // namespace attn_gate::cpu

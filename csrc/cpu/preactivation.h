@@ -376,8 +376,9 @@ struct Worker {
   // Makes the sums in `column`, of the voxels [v0, v1) that a vector holds, as float32 does where they are
   // not finite, which matrix units may have made them.
   void mend(int64_t n, int64_t v0, int64_t v1, A* column) const {
-    Vec<A> finite = {};  // or NaN
-    for (int64_t i = 0; i < p.inter; ++i) finite += load(column + i * ld) * A(0);
+    Vec<A> zeros = {};  // or NaN
+    for (int64_t i = 0; i < p.inter; ++i) zeros += load(column + i * ld) * A(0);
+    if (horizontal_sum<A>(zeros) == A(0)) return;  // it was the bias, or what was given
     Buffer<A> x(p.depth() * kLanes<A>);
     for (const Block& block : blocks)
       for (const Part& part : block.parts) {
@@ -385,13 +386,25 @@ struct Worker {
         load_tile<T>(part.map, part.patches, n, v0, v1, part.c0, part.c1, to, kLanes<A>);
         if (part.centred) centre_rows(p, part.k0, part.k0 + part.rows(), kLanes<A>, kLanes<A>, to);
       }
-    const A *theta = static_cast<const A*>(p.theta_weight), *phi = static_cast<const A*>(p.phi_weight);
-    for (int64_t i = 0; i < p.inter; ++i) {
-      Vec<A> sum = {};
-      const A* row = x;
-      for (int64_t k = 0; k < p.rows_x(); ++k, row += kLanes<A>) sum += theta[i * p.rows_x() + k] * load(row);
-      for (int64_t k = 0; k < p.rows_g(); ++k, row += kLanes<A>) sum += phi[i * p.rows_g() + k] * load(row);
-      store(column + i * ld, finite == A(0) ? load(column + i * ld) : sum);
+    for (int64_t i = 0; i < p.inter; i += kRows) {
+      Vec<A> sum[kRows] = {};
+      add_products(p.theta_weight, p.rows_x(), i, x, sum);
+      add_products(p.phi_weight, p.rows_g(), i, x + p.rows_x() * kLanes<A>, sum);
+      for (int r = 0; r < kRows && i + r < p.inter; ++r) {
+        A* to = column + (i + r) * ld;
+        store(to, zeros == A(0) ? load(to) : sum[r]);
+      }
+    }
+  }
+  // sum += rows [i, i + kRows) of weight [I, depth], times a vector's rows of the input.
+  void add_products(const void* weight, int64_t depth, int64_t i, const A* x, Vec<A> (&sum)[kRows]) const {
+    const A* row[kRows];
+    for (int r = 0; r < kRows; ++r)
+      row[r] = static_cast<const A*>(weight) + smaller(i + r, p.inter - 1) * depth;
+    for (int64_t k = 0; k < depth; ++k) {
+      const Vec<A> v = load(x + k * kLanes<A>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum[r] += row[r][k] * v;
     }
   }
 
