@@ -151,7 +151,8 @@ def _scaling(figures: Figures) -> str:
         "scaling_channels_step": "The memory limit grows with the channels only.",
         "scaling_threads": "The dashed line is the number of threads. What is bound by memory gains less.",
         "roofline": """Up is faster. Left of the bend memory is the limit, right of it arithmetic. Both roofs
-        were measured in this run; small maps stay in caches and may exceed the left one.""",
+        were measured in this run. Small maps stay in caches and may exceed the left one; products on matrix
+        units (AMX) may exceed the right one, which is PyTorch's product of float32 matrices.""",
     }
     return page.section("How does it scale?", "", _panels(captions, figures))
 
