@@ -127,7 +127,7 @@ def _whole(
     recompute: str | bool,
     cache: FoldCache,
 ) -> tuple[Tensor, Tensor]:
-    inputs = (eager.input_of_theta(spec, x, g), g, *cache.folded(parts))
+    inputs = (*functional.cast(eager.input_of_theta(spec, x, g), g), *cache.folded(parts))
     phi_resize, alpha_resize = map(eager.kernel_resize, (spec.phi_resize, spec.alpha_resize))
     op, modes = operators.ATTENTION_GATE, (phi_resize, alpha_resize, spec.activation)
     if logits:

@@ -239,8 +239,7 @@ def run_whole(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """ATTENTION_GATE or ATTENTION_LOGITS of what `checks.checked_whole` has let pass, which modules ask once
-    for calls alike (decisions.py). modes: the operator's options behind the stride."""
-    x, g = cast(x, g)
+    for calls alike (decisions.py). The maps were `cast`; modes: the operator's options behind the stride."""
     tensors = (x, g, theta_weight, phi_weight, bias, psi_weight.reshape(-1), psi_bias)
     stride = list(stride)
     return _run(op, backend, tensors, stride, *modes, _stores(recompute, tensors, stride))
