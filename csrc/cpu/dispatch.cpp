@@ -30,14 +30,12 @@ const Kernels& pick() {
   return kernels_default;
 }
 
-// Linux lends the units' registers to a process that asks for them (Documentation/arch/x86/xstate.rst).
 #if defined(ATTN_GATE_AMX)
+// Linux lends the units' registers to a process that asks for them (Documentation/arch/x86/xstate.rst).
 constexpr int kSupported = 0x1021, kAsk = 0x1023;  // ARCH_GET_XCOMP_SUPP, ARCH_REQ_XCOMP_PERM
 constexpr int kTileData = 18;                      // XFEATURE_XTILEDATA
-#endif
 
 bool find_units() {
-#if defined(ATTN_GATE_AMX)
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   if (&kernels() != &kernels_avx512 || (wanted && !std::strcmp(wanted, "avx512"))) return false;
   unsigned a, b, c, d;
@@ -45,16 +43,14 @@ bool find_units() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tile) || !(d & bf16)) return false;
   unsigned long long features = 0;
   return syscall(SYS_arch_prctl, kSupported, &features) == 0 && (features >> kTileData & 1);
-#else
-  return false;
-#endif
 }
 const MatrixUnits* ask_for_units() {
-#if defined(ATTN_GATE_AMX)
-  if (has_matrix_units() && syscall(SYS_arch_prctl, kAsk, kTileData) == 0) return &amx;
-#endif
-  return nullptr;
+  return has_matrix_units() && syscall(SYS_arch_prctl, kAsk, kTileData) == 0 ? &amx : nullptr;
 }
+#else
+bool find_units() { return false; }
+const MatrixUnits* ask_for_units() { return nullptr; }
+#endif
 
 }  // namespace
 

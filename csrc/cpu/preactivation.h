@@ -13,8 +13,10 @@ namespace {
 // A block of the product's depth: the parts that make its rows [k0, k0 + rows).
 struct Block {
   int64_t k0, rows;
-  int64_t at;  // rows of the blocks before, each rounded up to whole steps of matrix units
+  int64_t at;  // padded() of the blocks before
   std::vector<Part> parts;
+
+  int64_t padded() const { return round_up(rows, MatrixUnits::kDepth); }  // whole steps of matrix units
 };
 // All rows at once, or about `most` at a time, whole channels of one part. x's patches, and the coarse grid
 // on itself, which the parts refer to.
@@ -31,7 +33,7 @@ inline std::vector<Block> blocks_of(const Problem& p, const Patches& patches, co
     for (int64_t b = 0; b < count; ++b) {
       const Part some = part.some(channels * b / count, channels * (b + 1) / count);
       blocks.push_back({some.k0, some.rows(), at, {some}});
-      at += round_up(some.rows(), MatrixUnits::kDepth);
+      at += blocks.back().padded();
     }
   }
   return blocks;
@@ -76,15 +78,14 @@ void pack_rows(const A* rows, int64_t depth, int64_t count, A* to, int64_t pitch
 
 // Where matrix units find rows [i, i + kRows) of W's columns of a block.
 inline uint16_t* packed_for_units(void* packed, int64_t inter, const Block& block, int64_t i) {
-  const int64_t depth = round_up(block.rows, MatrixUnits::kDepth);
-  return static_cast<uint16_t*>(packed) + 3 * (block.at * inter + i * depth);
+  return static_cast<uint16_t*>(packed) + 3 * (block.at * inter + i * block.padded());
 }
 // What all of W takes so, in elements of float32, of which each holds two bfloat16.
 inline int64_t elements_for_units(const Problem& p, int64_t inter, int64_t most) {
   const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
                 flat = same_grid_patches(p.coarse);
   const Block last = blocks_of(p, patches, flat, most).back();
-  return 3 * (last.at + round_up(last.rows, MatrixUnits::kDepth)) * inter / 2;
+  return 3 * (last.at + last.padded()) * inter / 2;
 }
 // Packs rows [i0, i0 + kRows) of W for matrix units.
 inline void pack_for_units(const Problem& p, const Layout& layout, const Packed<float>& to, int64_t i0) {
@@ -92,7 +93,7 @@ inline void pack_for_units(const Problem& p, const Layout& layout, const Packed<
   const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
                 flat = same_grid_patches(p.coarse);
   for (const Block& block : blocks_of(p, patches, flat, layout.depth)) {
-    const int64_t depth = round_up(block.rows, MatrixUnits::kDepth);
+    const int64_t depth = block.padded();
     Buffer<float> row(depth);
     std::memset(row, 0, size_t(depth) * sizeof(float));
     for (int64_t r = 0; r < MatrixUnits::kRows; ++r) {
