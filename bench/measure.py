@@ -24,6 +24,10 @@ CALLS = 3
 # Up to here a turn begins with a call that isn't timed: the data of the one before is in the caches, and
 # memory that was given back meanwhile is slow to get again, above all in virtual machines.
 WARM_MS = 100.0
+# So long each warms up. Machines of the cloud that give free memory back to their host get it again page by
+# page: there the first dozen calls with a large result take up to five times as long as those that follow.
+WARM_UP_CALLS = 12
+WARM_UP_S = 0.5
 # Worker threads that aren't PyTorch's spin for a while after their call and take a core from the next one.
 PAUSE_S = 0.03
 
@@ -159,37 +163,41 @@ def interleave(
 
     def turn(name: str) -> list[float]:
         work, own_threads = working[name]
-        calls = 1
-        if name in expected:
-            before = expected[name]
-            if before < WARM_MS:
-                before = min(before, device.time_ms(work.prepare, work.call))
-            calls = CALLS if before < SHORT_MS else 1
+        before = expected[name]
+        if before < WARM_MS:
+            before = min(before, device.time_ms(work.prepare, work.call))
+        calls = CALLS if before < SHORT_MS else 1
         found = [device.time_ms(work.prepare, work.call) for _ in range(calls)]
         expected[name] = min(found)
         if own_threads:
             time.sleep(PAUSE_S)
         return [round(t, 5) for t in found]
 
-    def give_turns(names: list[str], keep: bool) -> None:
+    def warm_up(name: str) -> list[float]:
+        work, _ = working[name]
+        end = time.perf_counter() + WARM_UP_S
+        for _ in range(WARM_UP_CALLS):
+            expected[name] = device.time_ms(work.prepare, work.call)
+            if time.perf_counter() > end:
+                break
+        return []
+
+    def give_turns(names: list[str], turn: Callable[[str], list[float]]) -> None:
         for name in names:
             try:
-                found = turn(name)
+                times[name] += turn(name)
             except Exception as error:
                 del working[name]
                 on_failure(name, error)
-                continue
-            if keep:
-                times[name] += found
 
-    give_turns(list(working), keep=False)  # warms up
+    give_turns(list(working), warm_up)
     start = time.perf_counter()
     with _without_gc():
         for round_ in range(patience.repeats):
             elapsed = time.perf_counter() - start
             if round_ >= patience.least and elapsed > patience.seconds:
                 return
-            give_turns(shuffled.sample(list(working), len(working)), keep=True)
+            give_turns(shuffled.sample(list(working), len(working)), turn)
             done = (round_ + 1) / patience.repeats
             yield min(1.0, max(done, (time.perf_counter() - start) / patience.seconds))
 

@@ -6,8 +6,9 @@
 #include <cstring>
 #include <tuple>
 
+#include "../tensors.h"
+#include "pages.h"
 #include "schedule.h"
-#include "tensors.h"
 
 namespace attn_gate::cpu {
 namespace {
@@ -45,7 +46,7 @@ struct Call {
   Map output(const Tensor& t) {
     void* data = t.mutable_data_ptr();
     held.push_back(t);
-    advise_huge_pages(data, size_t(t.numel()) * t.element_size());
+    ready_pages(data, size_t(t.numel()) * t.element_size());
     return map_over(t, data);
   }
   Tensor new_acc(const Ints& shape) const { return torch::stable::new_empty(like, shape, acc_dtype(like)); }
