@@ -48,7 +48,7 @@ def test_bench(benchmark, cases: dict[str, AnyCase], run: str):
         cases[config.name].settle()
     row = new_row(cases[config.name], mode, name)
     program = prepare(cases[config.name], mode in TRAINING, PROVIDERS[name], device.make(DEVICE), [row])
-    # PyTorch's batch norms miss the reference on some channels_last maps in training: no time for those either.
+    # PyTorch's batch norms miss the reference on some channels_last maps in training: no time for those.
     if program is None and (row.status == "unavailable" or name != "attn_gate"):
         pytest.skip(row.note)
     assert program is not None, row.note
