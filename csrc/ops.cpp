@@ -18,7 +18,9 @@
 #include "cpu/problem.h"
 
 namespace {
-std::string cpu_isa() { return attn_gate::cpu::has_matrix_units() ? "amx" : attn_gate::cpu::kernels().name; }
+std::string cpu_isa() {
+  return attn_gate::cpu::has_matrix_units() ? "amx" : attn_gate::cpu::instruction_set();
+}
 }  // namespace
 
 STABLE_TORCH_LIBRARY(attn_gate, m) {

@@ -12,10 +12,29 @@
 #include "problem.h"
 
 namespace attn_gate::cpu {
+
+#define ATTN_GATE_DECLARE(isa) \
+  extern const Kernels kernels_##isa##_f32, kernels_##isa##_f64, kernels_##isa##_bf16, kernels_##isa##_f16;
+ATTN_GATE_DECLARE(default)
+ATTN_GATE_DECLARE(avx2)
+ATTN_GATE_DECLARE(avx512)
+
 namespace {
 
-const Kernels& pick() {
+// The tables of one instruction set, in DType's order.
+struct Set {
+  const char* name;
+  const Kernels* of[4];
+};
+#define ATTN_GATE_SET(isa)                                                                            \
+  {                                                                                                   \
+    #isa, { &kernels_##isa##_f32, &kernels_##isa##_f64, &kernels_##isa##_bf16, &kernels_##isa##_f16 } \
+  }
+
+const Set& pick() {
+  static constexpr Set any = ATTN_GATE_SET(default);
 #if defined(__x86_64__)
+  static constexpr Set with_avx2 = ATTN_GATE_SET(avx2), with_avx512 = ATTN_GATE_SET(avx512);
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   const bool at_most_default = wanted && !std::strcmp(wanted, "default");
   const bool at_most_avx2 = at_most_default || (wanted && !std::strcmp(wanted, "avx2"));
@@ -24,10 +43,10 @@ const Kernels& pick() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && !at_most_avx2) return kernels_avx512;
-  if (avx2 && !at_most_default) return kernels_avx2;
+  if (avx512 && !at_most_avx2) return with_avx512;
+  if (avx2 && !at_most_default) return with_avx2;
 #endif
-  return kernels_default;
+  return any;
 }
 
 #if defined(ATTN_GATE_AMX)
@@ -37,7 +56,7 @@ constexpr int kTileData = 18;                      // XFEATURE_XTILEDATA
 
 bool find_units() {
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
-  if (&kernels() != &kernels_avx512 || (wanted && !std::strcmp(wanted, "avx512"))) return false;
+  if (std::strcmp(instruction_set(), "avx512") || (wanted && !std::strcmp(wanted, "avx512"))) return false;
   unsigned a, b, c, d;
   constexpr unsigned tile = 1u << 24, bf16 = 1u << 22;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tile) || !(d & bf16)) return false;
@@ -52,6 +71,11 @@ bool find_units() { return false; }
 const MatrixUnits* ask_for_units() { return nullptr; }
 #endif
 
+const Set& chosen() {
+  static const Set& set = pick();
+  return set;
+}
+
 }  // namespace
 
 bool has_matrix_units() {
@@ -62,9 +86,7 @@ const MatrixUnits* matrix_units() {
   static const MatrixUnits* const lent = ask_for_units();
   return lent;
 }
-const Kernels& kernels() {
-  static const Kernels& chosen = pick();
-  return chosen;
-}
+const Kernels& kernels(DType dtype) { return *chosen().of[int(dtype)]; }
+const char* instruction_set() { return chosen().name; }
 
 }  // namespace attn_gate::cpu

@@ -1,25 +1,35 @@
-// The kernels of one instruction set: compiled once for each, with -DATTN_GATE_ISA=<name> and the matching -m
-// flags. All else has internal linkage, so that the linker can't pick one set's code for another.
+// The kernels of one instruction set for maps of one dtype: compiled once for each pair, with
+// -DATTN_GATE_ISA=<name>, -DATTN_GATE_DTYPE=<name> and the matching -m flags. All else has internal linkage,
+// so that the linker can't pick one set's code for another.
 #include "backward.h"
 #include "moments.h"
 
-#define ATTN_GATE_JOIN_(a, b) a##b
-#define ATTN_GATE_JOIN(a, b) ATTN_GATE_JOIN_(a, b)
-#define ATTN_GATE_STRING_(a) #a
-#define ATTN_GATE_STRING(a) ATTN_GATE_STRING_(a)
+#define ATTN_GATE_TABLE_(isa, dtype) kernels_##isa##_##dtype
+#define ATTN_GATE_TABLE(isa, dtype) ATTN_GATE_TABLE_(isa, dtype)
 
 namespace attn_gate::cpu {
 namespace {
 
-template <class F>
-void with_dtype(DType t, F&& f) {
-  switch (t) {
-    case DType::f32: return f(float());
-    case DType::f64: return f(double());
-    case DType::bf16: return f(bf16());
-    case DType::f16: return f(f16());
-  }
-}
+template <DType>
+struct ElementOf;
+template <>
+struct ElementOf<DType::f32> {
+  using type = float;
+};
+template <>
+struct ElementOf<DType::f64> {
+  using type = double;
+};
+template <>
+struct ElementOf<DType::bf16> {
+  using type = bf16;
+};
+template <>
+struct ElementOf<DType::f16> {
+  using type = f16;
+};
+using T = ElementOf<DType::ATTN_GATE_DTYPE>::type;
+using A = Acc<T>;
 
 // Whether matrix units make forward's product. They take six products of float32, five of float16 and three
 // of bfloat16 maps, a third where weights are bfloat16, and slow the core's clock. Measured, time against
@@ -31,8 +41,7 @@ bool units_pay(const Problem& p) {
   return p.inter * p.depth() >= least;
 }
 
-template <class A>
-Layout layout_of(const Problem& p, bool backward) {
+Layout layout(const Problem& p, bool backward) {
   Layout l;
   // Large projections go by panels of the micro-kernel, which stay in a core's caches; shallow ones by two at
   // a time, for longer runs of memory. Elsewhere long rows make long runs of memory, and in backward deep
@@ -92,85 +101,39 @@ Layout layout_of(const Problem& p, bool backward) {
   return l;
 }
 
-Layout layout(const Problem& p, bool backward) {
-  return p.dtype == DType::f64 ? layout_of<double>(p, backward) : layout_of<float>(p, backward);
-}
-
 void pack(const Problem& p, const Layout& l, bool backward, int64_t begin, int64_t end) {
-  for (int64_t u = begin; u < end; ++u)
-    p.dtype == DType::f64 ? pack_unit<double>(p, l, backward, u) : pack_unit<float>(p, l, backward, u);
+  for (int64_t u = begin; u < end; ++u) pack_unit<A>(p, l, backward, u);
 }
-void forward(const Problem& p, const Layout& l, int64_t n, int64_t v0, int64_t v1) {
-  with_dtype(p.dtype, [&](auto t) { forward_tiles<decltype(t)>(p, l, n, v0, v1); });
-}
-void apply(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
-  with_dtype(p.dtype, [&](auto t) { apply_rows<decltype(t)>(p, n, r0, r1); });
-}
-void apply_backward(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
-  with_dtype(p.dtype, [&](auto t) { apply_backward_rows<decltype(t)>(p, n, r0, r1); });
-}
-void backward(const Problem& p, const Layout& l, int64_t group, bool begin, int64_t n, int64_t v0,
-              int64_t v1) {
-  with_dtype(p.dtype, [&](auto t) { backward_tiles<decltype(t)>(p, l, group, begin, n, v0, v1); });
-}
-void gather_dalpha(const Problem& p, int64_t n, int64_t v0, int64_t v1) {
-  with_dtype(p.dtype, [&](auto t) { gather_dalpha_voxels<decltype(t)>(p, n, v0, v1); });
-}
-void gather_dphi(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
-  with_dtype(p.dtype, [&](auto t) { gather_dphi_rows<decltype(t)>(p, n, r0, r1); });
-}
-void weights(const Problem& p, const Layout& l, int64_t begin, int64_t end) {
-  with_dtype(p.dtype, [&](auto t) { weight_panels<decltype(t)>(p, l, begin, end); });
-}
-template <class A>
-void reduce_groups(const Problem& p, const Layout& l, int64_t groups, int64_t begin, int64_t end) {
+void reduce(const Problem& p, const Layout& l, int64_t groups, int64_t begin, int64_t end) {
   A* sum = static_cast<A*>(p.partial) + l.group_at;
   for (int64_t g = 1; g < groups; ++g)
     for (int64_t i = begin; i < end; ++i) sum[i] += sum[g * l.partial_elements + i];
 }
-void reduce(const Problem& p, const Layout& l, int64_t groups, int64_t begin, int64_t end) {
-  p.dtype == DType::f64 ? reduce_groups<double>(p, l, groups, begin, end)
-                        : reduce_groups<float>(p, l, groups, begin, end);
-}
-
-void statistics(const Problem& p, const Layout& l, const Statistics& to, int64_t group, bool begin, int64_t n,
-                int64_t v0, int64_t v1) {
-  with_dtype(p.dtype, [&](auto t) { statistics_tiles<decltype(t)>(p, l, to, group, begin, n, v0, v1); });
-}
 
 // The tile, turned too, should stay in a core's L2; long tiles spread the cost of joining K * K sums.
 void moments_layout(Moments& p) {
-  const int64_t size = p.dtype == DType::f64 ? 8 : 4, rows = p.rows() > 0 ? p.rows() : 1;
+  const int64_t size = sizeof(A), rows = p.rows() > 0 ? p.rows() : 1;
   const int64_t fits = (int64_t(768) << 10) / size / (2 * rows);
   p.tile = fits < 96 ? 96 : fits > 384 ? 384 : fits / 48 * 48;
-  p.block = p.dtype == DType::f64 ? kBlock<double> : kBlock<float>;
-}
-void moments(const Moments& p, int64_t group, bool begin, int64_t n, int64_t v0, int64_t v1) {
-  with_dtype(p.dtype, [&](auto t) { moments_tiles<decltype(t)>(p, group, begin, n, v0, v1); });
-}
-void moments_join(const Moments& p, int64_t begin, int64_t end) { moments_join_rows(p, begin, end); }
-void moments_backward(const Moments& p, int64_t n, int64_t v0, int64_t v1) {
-  with_dtype(p.dtype, [&](auto t) { moments_backward_tiles<decltype(t)>(p, n, v0, v1); });
+  p.block = kBlock<A>;
 }
 
 }  // namespace
 
-extern const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA);
-const Kernels ATTN_GATE_JOIN(kernels_, ATTN_GATE_ISA) = {ATTN_GATE_STRING(ATTN_GATE_ISA),
-                                                         layout,
-                                                         pack,
-                                                         forward,
-                                                         apply,
-                                                         apply_backward,
-                                                         backward,
-                                                         gather_dalpha,
-                                                         gather_dphi,
-                                                         weights,
-                                                         reduce,
-                                                         statistics,
-                                                         moments_layout,
-                                                         moments,
-                                                         moments_join,
-                                                         moments_backward};
+extern const Kernels ATTN_GATE_TABLE(ATTN_GATE_ISA, ATTN_GATE_DTYPE) = {layout,
+                                                                        pack,
+                                                                        forward_tiles<T>,
+                                                                        apply_rows<T>,
+                                                                        apply_backward_rows<T>,
+                                                                        backward_tiles<T>,
+                                                                        gather_dalpha_voxels<T>,
+                                                                        gather_dphi_rows<T>,
+                                                                        weight_panels<T>,
+                                                                        reduce,
+                                                                        statistics_tiles<T>,
+                                                                        moments_layout,
+                                                                        moments_tiles<T>,
+                                                                        moments_join_rows,
+                                                                        moments_backward_tiles<T>};
 
 }  // namespace attn_gate::cpu

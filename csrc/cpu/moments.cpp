@@ -40,7 +40,7 @@ struct MomentsCall {
     }
     p.coarse = grid_from(coarse);
     STD_TORCH_CHECK(count() > 0, "attn_gate: x has no voxels, of which there is no mean: ", shape_of(x));
-    kernels().moments_layout(p);
+    kernels(p.dtype).moments_layout(p);
     tiles_per_sample = (p.coarse.voxels() + p.tile - 1) / p.tile;
   }
   static Map map_over(const Tensor& t) {
@@ -86,14 +86,15 @@ std::tuple<Tensor, Tensor> moments_fwd(const Tensor& x, Ints kernel, Ints stride
     for (int64_t g = b; g < e; ++g) {
       bool first = true;
       call.for_runs(tiles * g / p.groups, tiles * (g + 1) / p.groups, [&](int64_t n, int64_t v0, int64_t v1) {
-        kernels().moments(p, g, first, n, v0, v1);
+        kernels(p.dtype).moments(p, g, first, n, v0, v1);
         first = false;
       });
     }
   });
   const int64_t piece = std::max<int64_t>(1, 65536 / (K + 1));
-  parallel((K + piece - 1) / piece,
-           [&](int64_t b, int64_t e) { kernels().moments_join(p, b * piece, std::min(e * piece, K)); });
+  parallel((K + piece - 1) / piece, [&](int64_t b, int64_t e) {
+    kernels(p.dtype).moments_join(p, b * piece, std::min(e * piece, K));
+  });
   return {mean, cov};
 }
 
@@ -142,7 +143,8 @@ void run_backward(MomentsCall& call, const MaybeTensor& dmean, const MaybeTensor
   void* memory = packed.mutable_data_ptr();
   p.dtype == DType::f64 ? pack(static_cast<double*>(memory)) : pack(static_cast<float*>(memory));
   parallel(call.tiles(), [&](int64_t b, int64_t e) {
-    call.for_runs(b, e, [&](int64_t n, int64_t v0, int64_t v1) { kernels().moments_backward(p, n, v0, v1); });
+    call.for_runs(
+        b, e, [&](int64_t n, int64_t v0, int64_t v1) { kernels(p.dtype).moments_backward(p, n, v0, v1); });
   });
 }
 

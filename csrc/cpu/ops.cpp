@@ -144,7 +144,7 @@ struct Call {
   }
   void forward() {
     if (empty()) return;
-    layout = kernels().layout(p, false);
+    layout = kernels(p.dtype).layout(p, false);
     allocate_packed();
     run_forward(p);
   }
@@ -155,7 +155,7 @@ struct Call {
   template <class F>
   void with_workspace(bool weight_grads, F&& run) {
     p.weight_grads = weight_grads;
-    layout = kernels().layout(p, true);
+    layout = kernels(p.dtype).layout(p, true);
     const int64_t groups = empty() ? 1 : groups_of(p, layout);
     partial = new_acc({layout.group_at + groups * layout.partial_elements});
     p.partial = partial.mutable_data_ptr();
@@ -621,7 +621,7 @@ std::tuple<Tensor, Tensor> projection_statistics(const Tensor& x, const Tensor& 
   Tensor zeros = call.new_acc({p.inter});
   torch::stable::zero_(zeros);
   p.psi = call.hold(zeros);  // packed, but not read
-  call.layout = kernels().layout(p, false);
+  call.layout = kernels(p.dtype).layout(p, false);
   call.allocate_packed();
   const int64_t I = p.inter, tiles = tiles_of(p, call.layout);
   Statistics to;

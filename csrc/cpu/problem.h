@@ -1,5 +1,5 @@
 // What the kernels are asked to do, as plain data: the interface between the operators (which know torch) and
-// the kernels (compiled once per instruction set, which know only pointers and sizes).
+// the kernels (compiled per instruction set and dtype, which know only pointers and sizes).
 #pragma once
 #include <cstdint>
 
@@ -130,10 +130,9 @@ struct Layout {
   int64_t partial_elements = 0;
 };
 
-// One table per instruction set. [begin, end) are ranges of independent units, so any split gives the same
-// bits.
+// One table per instruction set and dtype of the maps. [begin, end) are ranges of independent units, so any
+// split gives the same bits.
 struct Kernels {
-  const char* name;
   Layout (*layout)(const Problem&, bool backward);
   void (*pack)(const Problem&, const Layout&, bool backward, int64_t begin, int64_t end);
   // Coarse voxels [v0, v1) of sample n: logits -> alpha, and y too unless it applies_later().
@@ -167,7 +166,8 @@ struct Kernels {
   void (*moments_backward)(const Moments&, int64_t n, int64_t v0, int64_t v1);
 };
 
-extern const Kernels kernels_default, kernels_avx2, kernels_avx512;
-const Kernels& kernels();  // picked once, at first use; honours ATEN_CPU_CAPABILITY
+const Kernels& kernels(DType);
+// "default", "avx2" or "avx512": picked once, at first use; honours ATEN_CPU_CAPABILITY
+const char* instruction_set();
 
 }  // namespace attn_gate::cpu

@@ -116,7 +116,7 @@ int64_t groups_of(const Problem& p, const Layout& layout) {
 }
 
 void run_forward(Problem p) {
-  const Kernels& k = kernels();
+  const Kernels& k = kernels(p.dtype);
   const Layout layout = k.layout(p, false);
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, false, b, e); });
   const Pieces pieces(p, kForwardPiece);
@@ -140,11 +140,11 @@ void run_forward(Problem p) {
 
 void run_apply(const Problem& p) {
   parallel_rows(p, 0, p.batch * p.fine.d * p.fine.h,
-                [&](int64_t n, int64_t r0, int64_t r1) { kernels().apply(p, n, r0, r1); });
+                [&](int64_t n, int64_t r0, int64_t r1) { kernels(p.dtype).apply(p, n, r0, r1); });
 }
 
 void run_backward(Problem p, const Layout& layout, int64_t groups) {
-  const Kernels& k = kernels();
+  const Kernels& k = kernels(p.dtype);
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, true, b, e); });
   const Pieces pieces(p, layout.tile);
   const int64_t tiles = tiles_of(p, layout), all_rows = p.batch * p.fine.d * p.fine.h;
@@ -181,7 +181,7 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
 }
 
 void run_statistics(const Problem& p, const Layout& layout, const Statistics& to) {
-  const Kernels& k = kernels();
+  const Kernels& k = kernels(p.dtype);
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, false, b, e); });
   const Pieces pieces(p, layout.tile);
   const int64_t tiles = tiles_of(p, layout);
@@ -198,7 +198,7 @@ void run_statistics(const Problem& p, const Layout& layout, const Statistics& to
 }
 
 void run_apply_backward(const Problem& p) {
-  const Kernels& k = kernels();
+  const Kernels& k = kernels(p.dtype);
   parallel_rows(p, 0, p.batch * p.fine.d * p.fine.h,
                 [&](int64_t n, int64_t r0, int64_t r1) { k.apply_backward(p, n, r0, r1); });
   if (!p.dalpha_out || p.dalpha_out == p.dfine) return;
@@ -212,7 +212,7 @@ void run_gather_dphi(const Problem& p) {
   parallel(0, p.batch * rows, [&](int64_t b, int64_t e) {
     for (int64_t r = b; r < e;) {
       const int64_t n = r / rows, stop = std::min(e, (n + 1) * rows);
-      kernels().gather_dphi(p, n, r - n * rows, stop - n * rows);
+      kernels(p.dtype).gather_dphi(p, n, r - n * rows, stop - n * rows);
       r = stop;
     }
   });
