@@ -24,10 +24,12 @@ CALLS = 3
 # Up to here a turn begins with a call that isn't timed: the data of the one before is in the caches, and
 # memory that was given back meanwhile is slow to get again, above all in virtual machines.
 WARM_MS = 100.0
-# So long each warms up. Machines of the cloud that give free memory back to their host get it again page by
-# page: there the first dozen calls with a large result take up to five times as long as those that follow.
+# Each warms up with so many calls, or as many as start within that time, but no fewer than the least.
+# Virtual machines that give free memory back to their host get it again page by page: there the first dozen
+# calls with a large result take up to five times as long as those that follow.
 WARM_UP_CALLS = 12
 WARM_UP_S = 0.5
+WARM_UP_LEAST = 3
 # Worker threads that aren't PyTorch's spin for a while after their call and take a core from the next one.
 PAUSE_S = 0.03
 
@@ -174,12 +176,14 @@ def interleave(
         return [round(t, 5) for t in found]
 
     def warm_up(name: str) -> list[float]:
-        work, _ = working[name]
+        work, own_threads = working[name]
         end = time.perf_counter() + WARM_UP_S
-        for _ in range(WARM_UP_CALLS):
-            expected[name] = device.time_ms(work.prepare, work.call)
-            if time.perf_counter() > end:
+        for call in range(WARM_UP_CALLS):
+            if call >= WARM_UP_LEAST and time.perf_counter() > end:
                 break
+            expected[name] = device.time_ms(work.prepare, work.call)
+        if own_threads:
+            time.sleep(PAUSE_S)
         return []
 
     def give_turns(names: list[str], turn: Callable[[str], list[float]]) -> None:

@@ -184,12 +184,15 @@ class TestRun:
         assert found == {"eager": "measured", "planted": "failed"}
         assert "RuntimeError: unsupported operator" in capsys.readouterr().out
 
-    def test_a_provider_that_fails_while_it_is_measured_gets_no_time(self, monkeypatch, tmp_path, capsys):
+    @pytest.mark.parametrize(
+        "last", [2, measure.WARM_UP_CALLS + measure.CALLS + 2], ids=["warming up", "measured"]
+    )
+    def test_a_provider_that_fails_later_gets_no_time(self, monkeypatch, tmp_path, capsys, last):
         calls = []
 
         def call() -> None:
             calls.append(1)
-            if len(calls) == 4:
+            if len(calls) == last:
                 raise RuntimeError("out of something")
 
         plant(monkeypatch, lambda case, training: Program({"inference": Work(call)}, counts_peak=False))
@@ -217,8 +220,8 @@ class TestRun:
         def make(case: Case, training: bool) -> Program:
             def call() -> None:
                 calls.append(case.config.name)
-                # The second config: checked without memory, then warmed up, then the second turn.
-                if calls.count("paper-8") == 2 + measure.CALLS + 1:
+                # The second config: warmed up, a turn with a call before it, then the second turn.
+                if calls.count("paper-8") == measure.WARM_UP_CALLS + 1 + measure.CALLS + 1:
                     raise KeyboardInterrupt
 
             return Program({"inference": Work(call)}, counts_peak=False)

@@ -46,10 +46,14 @@ struct Call {
   Map output(const Tensor& t) {
     void* data = t.mutable_data_ptr();
     held.push_back(t);
-    ready_pages(data, size_t(t.numel()) * t.element_size());
+    ready_pages(t);
     return map_over(t, data);
   }
-  Tensor new_acc(const Ints& shape) const { return torch::stable::new_empty(like, shape, acc_dtype(like)); }
+  Tensor new_acc(const Ints& shape) const {
+    Tensor t = torch::stable::new_empty(like, shape, acc_dtype(like));
+    ready_pages(t);
+    return t;
+  }
   Tensor no_map() const { return torch::stable::new_empty(like, Ints{0}, like.scalar_type()); }
   Tensor no_acc() const { return new_acc({0}); }
   // An output like t (its own layout where native), if wanted.
@@ -363,8 +367,8 @@ struct Attention : Call {
     const bool apart = phi_apart(), need_g = wants(needs, 1), need_phi = wants(needs, 3);
     Tensor dx = like_if(wants(needs, 0), like), dg = like_if(need_g, g), dphi_weight = no_acc();
     if (wants(needs, 0)) {
-      if (!p.dy) torch::stable::zero_(dx);
       p.dx = output(dx);
+      if (!p.dy) torch::stable::zero_(dx);
     }
     if (need_g && !apart) p.dg = output(dg);
     const bool through_phi = apart && (need_g || need_phi);
@@ -549,8 +553,8 @@ struct NormedAttention : Attention {
     const bool through_phi = apart && (need_g || need_phi || wants(needs, 5));
     Tensor dx = like_if(need_x, like), dg = like_if(need_g, g);
     if (need_x) {
-      if (!p.dy) torch::stable::zero_(dx);
       p.dx = output(dx);
+      if (!p.dy) torch::stable::zero_(dx);
     }
     if (need_g && !apart) p.dg = output(dg);
     if (through_phi) p.dtheta = output(new_map(like, p.inter, coarse));
