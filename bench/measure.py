@@ -28,7 +28,7 @@ WARM_MS = 100.0
 # Virtual machines that give free memory back to their host get it again page by page: there the first dozen
 # calls with a large result take up to five times as long as those that follow.
 WARM_UP_CALLS = 12
-WARM_UP_S = 0.5
+WARM_UP_S = 0.3
 WARM_UP_LEAST = 3
 # Worker threads that aren't PyTorch's spin for a while after their call and take a core from the next one.
 PAUSE_S = 0.03
