@@ -186,10 +186,10 @@ def interleave(
             time.sleep(PAUSE_S)
         return []
 
-    def give_turns(names: list[str], turn: Callable[[str], list[float]]) -> None:
+    def give_turns(names: list[str], give: Callable[[str], list[float]]) -> None:
         for name in names:
             try:
-                times[name] += turn(name)
+                times[name] += give(name)
             except Exception as error:
                 del working[name]
                 on_failure(name, error)

@@ -1,6 +1,8 @@
 // The kernels of one instruction set for maps of one dtype: compiled once for each pair, with
 // -DATTN_GATE_ISA=<name>, -DATTN_GATE_DTYPE=<name> and the matching -m flags. All else has internal linkage,
 // so that the linker can't pick one set's code for another.
+#include <tuple>
+
 #include "backward.h"
 #include "moments.h"
 
@@ -10,25 +12,8 @@
 namespace attn_gate::cpu {
 namespace {
 
-template <DType>
-struct ElementOf;
-template <>
-struct ElementOf<DType::f32> {
-  using type = float;
-};
-template <>
-struct ElementOf<DType::f64> {
-  using type = double;
-};
-template <>
-struct ElementOf<DType::bf16> {
-  using type = bf16;
-};
-template <>
-struct ElementOf<DType::f16> {
-  using type = f16;
-};
-using T = ElementOf<DType::ATTN_GATE_DTYPE>::type;
+// Of a map's elements, in DType's order.
+using T = std::tuple_element_t<int(DType::ATTN_GATE_DTYPE), std::tuple<float, double, bf16, f16>>;
 using A = Acc<T>;
 
 // Whether matrix units make forward's product. They take six products of float32, five of float16 and three
