@@ -83,8 +83,9 @@ def pays(x: Tensor, parts: Parts) -> bool:
     A step saves some 20 passes over maps of I channels, and makes theta and phi (K_x rows of patches of x,
     and g's channels) three times more. Measured on 2 cores with AVX-512 and 32 MiB of cache: 1.1 to 8 times
     eager's speed where the multiply-adds for each element saved are at most 3 for each MiB of x; less than
-    eager's at twice as many, where maps stay in cache, and up to 12 MiB in channels last, where PyTorch's
-    norms are faster. Where PyTorch has units for bfloat16 products, 3 to 5 times eager's speed up to 20 of
+    eager's at twice as many, where maps stay in cache. In channels last PyTorch's norms are faster: 1.0 to
+    2.5 times eager's speed up to 16 multiply-adds, of at most 2.4 for each MiB; 1.0 to 1.25 times above, of
+    at most 3 for each MiB beyond 12, and 0.65 to 0.95 times where there are more. Where PyTorch has units for bfloat16 products, 3 to 5 times eager's speed up to 20 of
     them for each element, 0.9 times at 38. Under torch.compile and torch.func there are products of the
     patches with themselves.
     """
@@ -99,10 +100,10 @@ def pays(x: Tensor, parts: Parts) -> bool:
         products = sum(k * k for k, norm in normed if takes(norm))
         multiplications = 1.5 * (products + inter * (rows_x + rows_g)) / (20 * inter)
         return multiplications <= min(64, 2.5 * mebibytes) * x.element_size() / 4
+    most = min(32 if matrix_units.serve(x, parts) else 64, 3 * mebibytes)
     if not x.is_contiguous():
-        mebibytes -= 12
-    most = 32 if matrix_units.serve(x, parts) else 64
-    return 3 * (rows_x + rows_g) / 20 <= min(most, 3 * mebibytes)
+        most = min(most, max(min(16, 2.4 * mebibytes), 3 * (mebibytes - 12)))
+    return 3 * (rows_x + rows_g) / 20 <= most
 
 
 def left_alone(parts: Parts, x: Tensor, recompute: str | bool = "auto", products: bool = True) -> bool:

@@ -317,11 +317,11 @@ def test_where_it_is_chosen(products, monkeypatch):
 
 def test_channels_last_has_to_be_larger():
     """PyTorch's batch norms are faster there."""
-    gate = AttentionGate(32, 32, 16, preset="same_grid", spatial_dims=3).train()
-    for size, plan in ((48, "eager"), (96, "whole_moments")):
-        x = torch.empty(1, 32, size, size, size)
+    for channels, size, plan in ((64, 128, "eager"), (64, 256, "whole_moments"), (32, 256, "whole_moments")):
+        gate = AttentionGate(channels, channels, channels // 2, preset="same_grid").train()
+        x = torch.empty(2, channels, size, size)
         assert gate.fusion(x, x).plan == "whole_moments"
-        x = x.to(memory_format=torch.channels_last_3d)
+        x = x.to(memory_format=torch.channels_last)
         assert gate.fusion(x, x).plan == plan
 
 

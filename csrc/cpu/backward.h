@@ -353,7 +353,7 @@ void apply_backward_rows(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
     const int64_t end = smaller(r + step, r1), v = r * p.fine.w, len = (end - r) * p.fine.w;
     if (p.dfine) {
       A* sum = static_cast<A*>(p.dfine) + n * voxels + v;
-      // x's layout and dy's may differ
+      // x's layout and dy's may differ.
       const int64_t xc = p.x.channels_last ? 1 : voxels, xv = p.x.channels_last ? C : 1;
       const int64_t yc = p.dy.channels_last ? 1 : voxels, yv = p.dy.channels_last ? C : 1;
       if (xv == 1 && yv == 1) {
@@ -361,17 +361,19 @@ void apply_backward_rows(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
         for (int64_t c = 0; c < C; ++c)
           for (int64_t i = 0; i < len; ++i) sum[i] += to_acc(dy[c * yc + v + i]) * to_acc(x[c * xc + v + i]);
       } else {
-        for (int64_t i = 0; i < len; ++i) {
-          A lanes[16] = {};
-          const T *a = x + (v + i) * xv, *b = dy + (v + i) * yv;
-          int64_t c = 0;
-          if (xc == 1 && yc == 1)
-            for (; c + 16 <= C; c += 16)
-              for (int l = 0; l < 16; ++l) lanes[l] += to_acc(b[c + l]) * to_acc(a[c + l]);
-          for (; c < C; ++c) lanes[c % 16] += to_acc(b[c * yc]) * to_acc(a[c * xc]);
-          A total = 0;
-          for (int l = 0; l < 16; ++l) total += lanes[l];
-          sum[i] = total;
+        // A vector of voxels at a time, the last ones too: no sum depends on which others are made with it.
+        for (int64_t i = 0; i < len; i += kLanes<A>) {
+          const int64_t some = smaller(kLanes<A>, len - i);
+          Vec<A> sums[kLanes<A>] = {};
+          for (int64_t k = 0; k < some; ++k) {
+            const T *a = x + (v + i + k) * xv, *b = dy + (v + i + k) * yv;
+            int64_t c = 0;
+            if (xc == 1 && yc == 1)
+              for (; c + kLanes<A> <= C; c += kLanes<A>) sums[k] += load_as<A>(b + c) * load_as<A>(a + c);
+            for (; c < C; ++c) sums[k][c % kLanes<A>] += to_acc(b[c * yc]) * to_acc(a[c * xc]);
+          }
+          const Vec<A> totals = horizontal_sums<A>(sums);
+          std::memcpy(sum + i, &totals, size_t(some) * sizeof(A));
         }
       }
     }

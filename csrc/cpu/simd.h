@@ -201,6 +201,18 @@ inline __attribute__((always_inline)) void transpose_stages(Vec<A> (&m)[kLanes<A
   if constexpr (Half > 1) transpose_stages<A, Half / 2>(m);
 }
 
+// The sum of m[i]'s lanes, in lane i.
+template <class A, int Half = kLanes<A> / 2>
+inline __attribute__((always_inline)) Vec<A> horizontal_sums(Vec<A> (&m)[kLanes<A>]) {
+  constexpr auto lanes = std::make_index_sequence<kLanes<A>>{};
+#pragma GCC unroll 8
+  for (int i = 0; i < Half; ++i)
+    m[i] = exchange<A, Half, false>(m[i], m[i + Half], lanes) +
+           exchange<A, Half, true>(m[i], m[i + Half], lanes);
+  if constexpr (Half > 1) return horizontal_sums<A, Half / 2>(m);
+  return m[0];
+}
+
 // dst[c * ldd + r] = src[r * lds + c] for r < rows, c < cols.
 template <class A>
 inline void transpose(const A* src, int64_t lds, int64_t rows, int64_t cols, A* dst, int64_t ldd) {

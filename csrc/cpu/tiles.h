@@ -147,7 +147,8 @@ void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1
       });
     return;
   }
-  // Channels last: a vector's worth of voxels at a time, converted if need be, then transposed.
+  // Channels last: a vector's worth of voxels at a time, converted if need be, then transposed, while those
+  // two further on are fetched.
   const int64_t C = m.channels;
   constexpr bool direct = std::is_same_v<T, A>;
   Buffer<A> scratch(direct ? 0 : kLanes<A> * count);
@@ -157,6 +158,9 @@ void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1
         const int64_t some = smaller(kLanes<A>, piece - i);
         const T* src = base + (offset + step + i * p.stride.w) * C;
         A* dst = rows + tap * ld + first + i;
+        for (int64_t k = 2 * kLanes<A>; k < 3 * kLanes<A>; ++k)
+          for (int64_t c = 0; c < count; c += int64_t(64 / sizeof(T)))
+            __builtin_prefetch(src + k * p.stride.w * C + c, 0, 3);
         if constexpr (direct) {
           transpose(src, p.stride.w * C, some, count, dst, taps * ld);
         } else {
@@ -236,14 +240,22 @@ void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v
   });
 }
 
-// The next tile's cache lines, fetched a few at a time while this tile is computed: the memory then works
-// while the arithmetic does, where hardware prefetchers see only short runs, each on another page.
+// The next tile's cache lines, and those that this one will be written to, fetched a few at a time while it
+// is computed: the memory then works while the arithmetic does, where hardware prefetchers see only short
+// runs, each on another page.
 class Ahead {
  public:
   // Adds the voxels [v0, v1) of the channels [c0, c1), of all of them by default.
   template <class T>
   void add(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1) {
     add<T>(m, p, n, v0, v1, 0, m.channels);
+  }
+  // Adds lines that will be written.
+  template <class T>
+  void add_output(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1) {
+    const int first = runs_;
+    add<T>(m, p, n, v0, v1);
+    for (int r = first; r < runs_; ++r) run_[r].written = true;
   }
   template <class T>
   void add(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1, int64_t c0, int64_t c1) {
@@ -259,6 +271,7 @@ class Ahead {
     r.rows = whole ? 1 : m.channels_last ? end - first : c1 - c0;
     const int64_t run = whole ? (end - first) * m.channels : m.channels_last ? c1 - c0 : end - first;
     r.lines = (run * int64_t(sizeof(T)) + 63) / 64;
+    r.written = false;
     total_ += r.rows * r.lines;
   }
   // Divides the work by the number of times that step() will be called.
@@ -268,7 +281,11 @@ class Ahead {
       Run& r = run_[now_];
       const int64_t count = smaller(left, r.lines - line_);
       const char* at = r.at + line_ * 64;
-      for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at + i * 64, 0, 2);
+      if (r.written) {
+        for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at + i * 64, 1, 3);
+      } else {
+        for (int64_t i = 0; i < count; ++i) __builtin_prefetch(at + i * 64, 0, 2);
+      }
       left -= count;
       line_ += count;
       if (line_ < r.lines) continue;
@@ -282,8 +299,9 @@ class Ahead {
   struct Run {
     const char* at;
     int64_t stride, rows, lines;
+    bool written;
   };
-  static constexpr int kMost = 4;
+  static constexpr int kMost = 5;  // x, g and dy; dx and dg
   Run run_[kMost];
   int runs_ = 0, now_ = 0;
   int64_t line_ = 0, total_ = 0, some_ = 0;
