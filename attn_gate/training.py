@@ -84,10 +84,10 @@ def pays(x: Tensor, parts: Parts) -> bool:
     and g's channels) three times more. Measured on 2 cores with AVX-512 and 32 MiB of cache: 1.1 to 8 times
     eager's speed where the multiply-adds for each element saved are at most 3 for each MiB of x; less than
     eager's at twice as many, where maps stay in cache. In channels last PyTorch's norms are faster: 1.0 to
-    2.5 times eager's speed up to 16 multiply-adds, of at most 2.4 for each MiB; 1.0 to 1.25 times above, of
-    at most 3 for each MiB beyond 12, and 0.65 to 0.95 times where there are more. Where PyTorch has units for bfloat16 products, 3 to 5 times eager's speed up to 20 of
-    them for each element, 0.9 times at 38. Under torch.compile and torch.func there are products of the
-    patches with themselves.
+    2.5 times eager's speed up to 16 of them, at most 2.4 for each MiB; 1.0 to 1.25 times above, at most 3 for
+    each MiB beyond 12; 0.65 to 0.95 times where there are more. Where PyTorch has units for bfloat16
+    products, 3 to 5 times eager's speed up to 20 of them for each element, 0.9 times at 38. Under
+    torch.compile and torch.func there are products of the patches with themselves.
     """
     if x.device.type != "cpu" or torch.compiler.is_exporting():
         return False  # not measured there; an exported program may get any size

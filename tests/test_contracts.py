@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import subprocess
@@ -14,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrix import BLOCKS, DTYPES, LARGE, LAYOUTS, PANELS, compare, results
 from raw_operators import refuses_what_does_not_fit
+from torch import Tensor
 from torch.testing import assert_close
 
-from attn_gate import backends, functional, namespaces, reference
+from attn_gate import AttentionGate, backends, functional, namespaces, reference
 from attn_gate._library import cpu_isa
 from attn_gate.cases import CASES, OPERATORS, GateCase, channels_last
 from attn_gate.reference import ACTIVATIONS, RESIZE_MODES
@@ -312,6 +314,60 @@ def test_nothing_is_written_behind_the_outputs():
     """glibc puts a sentinel behind every block of memory and looks at it when the block is freed."""
     done = run_compact(LD_PRELOAD=str(MALLOC_CHECK), GLIBC_TUNABLES="glibc.malloc.check=3")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+class Mallinfo(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    )
+
+
+@pytest.fixture
+def bytes_in_use():
+    """What malloc has handed out and not got back."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        pytest.skip("needs glibc 2.33 or later")
+    mallinfo.restype = Mallinfo
+    return lambda: mallinfo().uordblks
+
+
+def grows(bytes_in_use, call, calls=400):
+    """Bytes that stay behind of each call."""
+    for _ in range(calls // 2):
+        call()
+    before = bytes_in_use()
+    for _ in range(calls):
+        call()
+    return (bytes_in_use() - before) / calls
+
+
+@of_all_operators
+@pytest.mark.parametrize("case", [SAME, RESIZED], ids=lambda case: case.name)
+def test_calls_leave_nothing_on_the_heap(case, operator, bytes_in_use):
+    """Not the 48 bytes either of each string argument, which PyTorch's own boxing of it leaks before 2.14."""
+    tensors = {n: t if t is None else t.requires_grad_() for n, t in case.inputs(operator).items()}
+    inputs = [t for t in tensors.values() if t is not None]
+    function = getattr(functional, operator)
+
+    def step():
+        outputs = function(**tensors, **case.options(operator))
+        torch.autograd.grad((outputs if isinstance(outputs, Tensor) else outputs[0]).sum(), inputs)
+
+    def infer():
+        with torch.no_grad():
+            function(**tensors, **case.options(operator))
+
+    assert grows(bytes_in_use, step) < 16
+    assert grows(bytes_in_use, infer) < 16
+
+
+def test_steps_with_batch_norms_leave_nothing_on_the_heap(bytes_in_use):
+    gate = AttentionGate(6, 6, 3, preset="same_grid", recompute=True).train()
+    x = torch.randn(2, 6, 4, 6, requires_grad=True)
+    assert gate.fusion(x, x).plan == "whole_moments"
+    assert grows(bytes_in_use, lambda: torch.autograd.grad(gate(x, x).sum(), x)) < 16
 
 
 # ---------------------------------------------------------------------------------------------------- errors

@@ -1,9 +1,9 @@
 // Mean and covariance of a map's patches, and their gradient: checks, workspace, and the split over threads.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <tuple>
 
+#include "../boxing.h"
 #include "../tensors.h"
 #include "pages.h"
 #include "problem.h"
@@ -168,6 +168,6 @@ Tensor moments_bwd(const MaybeTensor& dmean, const MaybeTensor& dcov, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(attn_gate, CPU, m) {
   using namespace attn_gate::cpu;
-  m.impl("moments_fwd", TORCH_BOX(&moments_fwd));
-  m.impl("moments_bwd", TORCH_BOX(&moments_bwd));
+  m.impl("moments_fwd", ATTN_GATE_BOX(moments_fwd));
+  m.impl("moments_bwd", ATTN_GATE_BOX(moments_bwd));
 }

@@ -1,11 +1,11 @@
 // The operators on the CPU: every input checked, outputs and workspace allocated, the schedule run.
 // Checks come before any parallel loop: an exception thrown inside one loses its message.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <tuple>
 
+#include "../boxing.h"
 #include "../tensors.h"
 #include "pages.h"
 #include "schedule.h"
@@ -696,17 +696,17 @@ std::tuple<Tensor, Tensor> gate_apply_bwd(const Tensor& dy, const Tensor& x, con
 
 STABLE_TORCH_LIBRARY_IMPL(attn_gate, CPU, m) {
   using namespace attn_gate::cpu;
-  m.impl("gate_fwd", TORCH_BOX(&gate_fwd));
-  m.impl("gate_bwd", TORCH_BOX(&gate_bwd));
-  m.impl("gate_logits_fwd", TORCH_BOX(&gate_logits_fwd));
-  m.impl("gate_logits_bwd", TORCH_BOX(&gate_logits_bwd));
-  m.impl("attention_gate_fwd", TORCH_BOX(&attention_gate_fwd));
-  m.impl("attention_gate_bwd", TORCH_BOX(&attention_gate_bwd));
-  m.impl("attention_train_fwd", TORCH_BOX(&attention_train_fwd));
-  m.impl("attention_train_bwd", TORCH_BOX(&attention_train_bwd));
-  m.impl("projection_statistics", TORCH_BOX(&projection_statistics));
-  m.impl("attention_logits_fwd", TORCH_BOX(&attention_logits_fwd));
-  m.impl("attention_logits_bwd", TORCH_BOX(&attention_logits_bwd));
-  m.impl("gate_apply_fwd", TORCH_BOX(&gate_apply_fwd));
-  m.impl("gate_apply_bwd", TORCH_BOX(&gate_apply_bwd));
+  m.impl("gate_fwd", ATTN_GATE_BOX(gate_fwd));
+  m.impl("gate_bwd", ATTN_GATE_BOX(gate_bwd));
+  m.impl("gate_logits_fwd", ATTN_GATE_BOX(gate_logits_fwd));
+  m.impl("gate_logits_bwd", ATTN_GATE_BOX(gate_logits_bwd));
+  m.impl("attention_gate_fwd", ATTN_GATE_BOX(attention_gate_fwd));
+  m.impl("attention_gate_bwd", ATTN_GATE_BOX(attention_gate_bwd));
+  m.impl("attention_train_fwd", ATTN_GATE_BOX(attention_train_fwd));
+  m.impl("attention_train_bwd", ATTN_GATE_BOX(attention_train_bwd));
+  m.impl("projection_statistics", ATTN_GATE_BOX(projection_statistics));
+  m.impl("attention_logits_fwd", ATTN_GATE_BOX(attention_logits_fwd));
+  m.impl("attention_logits_bwd", ATTN_GATE_BOX(attention_logits_bwd));
+  m.impl("gate_apply_fwd", ATTN_GATE_BOX(gate_apply_fwd));
+  m.impl("gate_apply_bwd", ATTN_GATE_BOX(gate_apply_bwd));
 }

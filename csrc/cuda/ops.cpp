@@ -4,10 +4,10 @@
 // Nothing here waits for the device, and all memory comes from PyTorch's allocator, so calls can be captured
 // in a CUDA graph. attention_gate and attention_logits are compositions, in attn_gate/composed.py.
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "../boxing.h"
 #include "../tensors.h"
 #include "plan.h"
 
@@ -414,10 +414,10 @@ STABLE_TORCH_LIBRARY_IMPL(attn_gate_cuda_host_kernels, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(attn_gate, CUDA, m) {
 #endif
   using namespace attn_gate::cuda;
-  m.impl("gate_fwd", TORCH_BOX(&gate_fwd));
-  m.impl("gate_bwd", TORCH_BOX(&gate_bwd));
-  m.impl("gate_logits_fwd", TORCH_BOX(&gate_logits_fwd));
-  m.impl("gate_logits_bwd", TORCH_BOX(&gate_logits_bwd));
-  m.impl("gate_apply_fwd", TORCH_BOX(&gate_apply_fwd));
-  m.impl("gate_apply_bwd", TORCH_BOX(&gate_apply_bwd));
+  m.impl("gate_fwd", ATTN_GATE_BOX(gate_fwd));
+  m.impl("gate_bwd", ATTN_GATE_BOX(gate_bwd));
+  m.impl("gate_logits_fwd", ATTN_GATE_BOX(gate_logits_fwd));
+  m.impl("gate_logits_bwd", ATTN_GATE_BOX(gate_logits_bwd));
+  m.impl("gate_apply_fwd", ATTN_GATE_BOX(gate_apply_fwd));
+  m.impl("gate_apply_bwd", ATTN_GATE_BOX(gate_apply_bwd));
 }
