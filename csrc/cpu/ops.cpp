@@ -46,12 +46,12 @@ struct Call {
   Map output(const Tensor& t) {
     void* data = t.mutable_data_ptr();
     held.push_back(t);
-    ready_pages(t);
+    advise_huge_pages(t);
     return map_over(t, data);
   }
   Tensor new_acc(const Ints& shape) const {
     Tensor t = torch::stable::new_empty(like, shape, acc_dtype(like));
-    ready_pages(t);
+    advise_huge_pages(t);
     return t;
   }
   Tensor no_map() const { return torch::stable::new_empty(like, Ints{0}, like.scalar_type()); }
