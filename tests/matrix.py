@@ -89,6 +89,14 @@ LARGE = (
     GateCase("large 3D, one grid", (13, 24, 30), (13, 24, 30), channels=9, gating=7, inter=5),
 )
 
+# Results above 8 MiB in every dtype but 16-bit ones, and some there, which the CPU kernels write past the caches:
+# where rows begin with cache lines, and where few do.
+STREAMED = (
+    GateCase("streamed", (288, 320), (288, 320), channels=32, gating=30, inter=36),
+    GateCase("streamed, shallow", (289, 331), (289, 331), channels=17, gating=16, inter=3),
+    GateCase("streamed, patches", (384, 320), (192, 160), channels=20, gating=33, inter=6, **_PATCHES),
+)
+
 
 def _offset(t: Tensor) -> Tensor:
     """The same strides from an address that no vector is aligned to, between NaN for who reads beyond."""

@@ -72,25 +72,28 @@ void project_back_to(const Worker<T>& work, const A* ds, bool of_x, const Map& o
   const int64_t ld = work.ld, I = work.p.inter, pitch = out.grid.voxels(), rows = out.channels;
   T* const to = sample_of<T>(out, n) + v;
   const T* const from = dy ? sample_of<T>(dy, n) + v : nullptr;
+  const bool streams = work.p.streams(out);
   for (int64_t k = 0; k < rows; k += kRows) {
     const int some = int(smaller(kRows, rows - k));
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
+      const bool whole = at + NV * kLanes<A> <= len;
       // Stores to lines that are still on their way would hold up the arithmetic.
       for (int r = 0; r < some; ++r)
         for (int64_t i = 0; i < NV * kLanes<A>; i += int64_t(64 / sizeof(T))) {
-          __builtin_prefetch(to + (k + r) * pitch + at + i, 1, 3);
+          if (!streams || !whole) __builtin_prefetch(to + (k + r) * pitch + at + i, 1, 3);
           if (from) __builtin_prefetch(from + (k + r) * pitch + at + i, 0, 3);
         }
       Vec<A> acc[kRows][NV] = {};
       multiply<A, NV>(work.weights_back(of_x, k), kRows, ds + at, ld, I, acc);
-      const bool whole = at + NV * kLanes<A> <= len;
       for (int r = 0; r < some; ++r) {
         const int64_t first = (k + r) * pitch + at;
+        const bool past = streams && begins_line(to + first);
         for (int j = 0; whole && j < NV; ++j) {
           const int64_t i = first + j * kLanes<A>;
-          const Vec<A> sum = acc[r][j];
-          store_as<A>(to + i, from ? sum + load_as<A>(from + i) * load(alpha + at + j * kLanes<A>) : sum);
+          Vec<A> sum = acc[r][j];
+          if (from) sum += load_as<A>(from + i) * load(alpha + at + j * kLanes<A>);
+          past ? stream_as<A>(to + i, sum) : store_as<A>(to + i, sum);
         }
         if (whole) continue;
         A sums[NV * kLanes<A>];
@@ -325,6 +328,7 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
       }
     }
   }
+  streams_end();
   if (p.norms && !p.norm_sums) return;
   auto leave = [&](const A* lanes, int64_t at) {
     for (int64_t i = 0; i < I; ++i) {

@@ -13,6 +13,31 @@
 namespace attn_gate::cpu {
 namespace {
 
+// y = x * alpha of n voxels that lie side by side, streaming where a line begins.
+template <class A, class X, class T>
+inline __attribute__((always_inline)) void weigh_row(const X* x, const A* alpha, T* y, int64_t n,
+                                                     bool streams) {
+  int64_t i = 0;
+  if (streams && begins_line(y))
+    for (; i + kLanes<A> <= n; i += kLanes<A>) stream_as<A>(y + i, load_as<A>(x + i) * load(alpha + i));
+  for (; i + kLanes<A> <= n; i += kLanes<A>) store_as<A>(y + i, load_as<A>(x + i) * load(alpha + i));
+  for (; i < n; ++i) y[i] = from_acc<T>(to_acc(x[i]) * alpha[i]);
+}
+// The same of n voxels of C channels each, channels last.
+template <class A, class T>
+inline __attribute__((always_inline)) void weigh_voxels(const T* x, const A* alpha, T* y, int64_t n,
+                                                        int64_t C, bool streams) {
+  const bool past = streams && begins_line(y) && C * int64_t(sizeof(T)) % 64 == 0;
+  for (int64_t v = 0; v < n; ++v, x += C, y += C) {
+    const Vec<A> all = splat(alpha[v]);
+    int64_t c = 0;
+    if (past)
+      for (; c + kLanes<A> <= C; c += kLanes<A>) stream_as<A>(y + c, load_as<A>(x + c) * all);
+    for (; c + kLanes<A> <= C; c += kLanes<A>) store_as<A>(y + c, load_as<A>(x + c) * all);
+    for (; c < C; ++c) y[c] = from_acc<T>(to_acc(x[c]) * alpha[v]);
+  }
+}
+
 // y = x * alpha on one grid for a tile's voxels of sample n, some rows at a time. x comes from the tile where
 // that holds it as rows, else from memory.
 template <class T>
@@ -23,14 +48,14 @@ class Weigh {
   Weigh(const Problem& p, int64_t n)
       : x_(sample_of<T>(p.x, n)), y_(sample_of<T>(p.y, n)),
         alpha_(static_cast<const A*>(p.alpha) + n * p.coarse.voxels()), channels_(p.x.channels),
-        voxels_(p.x.grid.voxels()), channels_last_(p.y.channels_last) {}
+        voxels_(p.x.grid.voxels()), channels_last_(p.y.channels_last), streams_(p.streams(p.y)) {}
 
   // Finishes what it was at, and takes on the voxels [v, v + len) for as many calls of step(); tile: x's
   // rows, `ld` apart, or null.
   void begin(int64_t v, int64_t len, int64_t calls, const A* tile, int64_t ld) {
     finish();
     v_ = v, len_ = len, tile_ = tile, ld_ = ld;
-    rows_ = channels_last_ ? len : channels_;
+    rows_ = channels_last_ ? (len + kVoxels - 1) / kVoxels : channels_;
     some_ = calls > 0 ? (rows_ + calls - 1) / calls : rows_;
   }
   inline __attribute__((always_inline)) void step() {
@@ -48,30 +73,26 @@ class Weigh {
  private:
   inline __attribute__((always_inline)) void own(int64_t r) {
     const T* to = y_ + r * voxels_ + v_;
+    if (streams_ && begins_line(to)) return;
     for (int64_t i = 0; i < len_; i += int64_t(64 / sizeof(T))) __builtin_prefetch(to + i, 1, 3);
   }
   inline __attribute__((always_inline)) void row(int64_t r) {
-    const int64_t at = channels_last_ ? (v_ + r) * channels_ : r * voxels_ + v_;
     const A* alpha = alpha_ + v_;
     if (channels_last_) {
-      for (int64_t c = 0; c < channels_; ++c) y_[at + c] = from_acc<T>(to_acc(x_[at + c]) * alpha[r]);
-    } else if (tile_) {
-      weigh(tile_ + r * ld_, y_ + at, alpha);
-    } else {
-      weigh(x_ + at, y_ + at, alpha);
+      const int64_t first = r * kVoxels, at = (v_ + first) * channels_;
+      return weigh_voxels<A>(x_ + at, alpha + first, y_ + at, smaller(kVoxels, len_ - first), channels_,
+                             streams_);
     }
+    T* y = y_ + r * voxels_ + v_;
+    tile_ ? weigh_row(tile_ + r * ld_, alpha, y, len_, streams_)
+          : weigh_row(x_ + r * voxels_ + v_, alpha, y, len_, streams_);
   }
-  template <class X>
-  inline __attribute__((always_inline)) void weigh(const X* x, T* y, const A* alpha) {
-    int64_t i = 0;
-    for (; i + kLanes<A> <= len_; i += kLanes<A>) store_as<A>(y + i, load_as<A>(x + i) * load(alpha + i));
-    for (; i < len_; ++i) y[i] = from_acc<T>(to_acc(x[i]) * alpha[i]);
-  }
+  static constexpr int64_t kVoxels = 16;  // a row in channels last
   const T* x_;
   T* y_;
   const A* alpha_;
   const int64_t channels_, voxels_;
-  const bool channels_last_;
+  const bool channels_last_, streams_;
   const A* tile_ = nullptr;
   int64_t ld_ = 0, v_ = 0, len_ = 0, rows_ = 0, row_ = 0, some_ = 0;
 };
@@ -147,6 +168,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
     if (!p.hides_memory()) aside.behind->finish();
   }
   if (aside.behind) aside.behind->finish();
+  streams_end();
 }
 
 // Fine rows a piece of work takes at a time: enough voxels for whole vectors and long runs of memory.
@@ -165,6 +187,7 @@ void apply_rows(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
   using A = Acc<T>;
   const Resizer<A> resize(p.alpha_resize, p.coarse, p.fine);
   const int64_t voxels = p.fine.voxels(), C = p.x.channels, step = rows_at_once(p.fine);
+  const bool streams = p.streams(p.y);
   Buffer<A> up(step * p.fine.w), line(p.coarse.w);
   const A* alpha = static_cast<const A*>(p.alpha) + n * p.coarse.voxels();
   for (int64_t r = r0; r < r1; r += step) {
@@ -173,15 +196,12 @@ void apply_rows(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
     const T* from = sample_of<T>(p.x, n);
     T* to = sample_of<T>(p.y, n);
     if (p.x.channels_last) {
-      for (int64_t i = 0; i < len; ++i)
-        for (int64_t c = 0; c < C; ++c)
-          to[(v + i) * C + c] = from_acc<T>(to_acc(from[(v + i) * C + c]) * up[i]);
+      weigh_voxels<A>(from + v * C, up, to + v * C, len, C, streams);
     } else {
-      for (int64_t c = 0; c < C; ++c)
-        for (int64_t i = 0; i < len; ++i)
-          to[c * voxels + v + i] = from_acc<T>(to_acc(from[c * voxels + v + i]) * up[i]);
+      for (int64_t c = 0, i = v; c < C; ++c, i += voxels) weigh_row<A>(from + i, up, to + i, len, streams);
     }
   }
+  streams_end();
 }
 
 }  // namespace

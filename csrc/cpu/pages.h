@@ -10,9 +10,10 @@
 
 namespace attn_gate::cpu {
 
-// From 32 MiB on (DEFAULT_MMAP_THRESHOLD_MAX) glibc gives each block its own mapping, and takes that down when
-// the block is freed: each call meets fresh pages, one fault each, which cost as much as all the writing. Of
-// huge pages there are 512 times fewer. Below, memory comes from the heap and mostly has its pages.
+// From 32 MiB on (DEFAULT_MMAP_THRESHOLD_MAX) glibc gives each block its own mapping, and takes that down
+// when the block is freed: each call meets fresh pages, one fault each, which cost as much as all the
+// writing. Of huge pages there are 512 times fewer. Below, memory comes from the heap and mostly has its
+// pages.
 inline void advise_huge_pages(const torch::stable::Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t page = int64_t(2) << 20, least = 16 * page;

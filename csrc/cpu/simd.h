@@ -70,20 +70,69 @@ inline Vec<A> load_as(const T* p) {
     return load(static_cast<const A*>(lanes));
   }
 }
-template <class A, class T>
-inline void store_as(T* p, Vec<A> v) {
+template <class T, class A>
+inline auto rounded_to(Vec<A> v) {
   if constexpr (std::is_same_v<T, A>) {
-    store(p, v);
+    return v;
   } else if constexpr (std::is_same_v<T, bf16>) {  // as from_acc<bf16>
     const Words u = (Words)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const Halves bits = __builtin_convertvector(v != v ? Words{} + 0x7fc0 : rounded, Halves);
-    std::memcpy(p, &bits, sizeof bits);
+    return __builtin_convertvector(v != v ? Words{} + 0x7fc0 : rounded, Halves);
   } else {
     A lanes[kLanes<A>];
+    T rounded[kLanes<A>];
     store(lanes, v);
-    convert_row_back(static_cast<const A*>(lanes), p, kLanes<A>);
+    convert_row_back(static_cast<const A*>(lanes), rounded, kLanes<A>);
+    Halves bits;
+    std::memcpy(&bits, rounded, sizeof bits);
+    return bits;
   }
 }
+template <class A, class T>
+inline void store_as(T* p, Vec<A> v) {
+  const auto bits = rounded_to<T, A>(v);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+// A store past the caches, on whole vectors' boundaries: its line isn't read first, and takes no other's
+// place. For what is too large to be found in the caches again. Whoever reads it next must come after
+// streams_end().
+template <class V>
+inline void stream(void* p, V v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, static_cast<V*>(p));
+#elif defined(__x86_64__)
+  float* to = static_cast<float*>(p);
+  if constexpr (sizeof(V) == 16) {
+    typedef float Floats __attribute__((vector_size(16)));
+    __builtin_ia32_movntps(to, (Floats)v);
+#if defined(__AVX__)
+  } else if constexpr (sizeof(V) == 32) {
+    typedef float Floats __attribute__((vector_size(32)));
+    __builtin_ia32_movntps256(to, (Floats)v);
+#endif
+#if defined(__AVX512F__)
+  } else if constexpr (sizeof(V) == 64) {
+    typedef float Floats __attribute__((vector_size(64)));
+    __builtin_ia32_movntps512(to, (Floats)v);
+#endif
+  } else {
+    std::memcpy(p, &v, sizeof v);
+  }
+#else
+  std::memcpy(p, &v, sizeof v);
+#endif
+}
+inline void streams_end() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+template <class A, class T>
+inline void stream_as(T* p, Vec<A> v) {
+  stream(p, rounded_to<T, A>(v));
+}
+// Whether a cache line begins here.
+inline bool begins_line(const void* p) { return uintptr_t(p) % 64 == 0; }
 template <class A>
 inline Vec<A> splat(A a) {
   return a - Vec<A>{};
