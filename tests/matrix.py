@@ -89,7 +89,7 @@ LARGE = (
     GateCase("large 3D, one grid", (13, 24, 30), (13, 24, 30), channels=9, gating=7, inter=5),
 )
 
-# Results above 8 MiB in every dtype but 16-bit ones, and some there, which the CPU kernels write past the caches:
+# Results above 8 MiB (all in float32, two in 16 bits), which the CPU kernels write past the caches:
 # where rows begin with cache lines, and where few do.
 STREAMED = (
     GateCase("streamed", (288, 320), (288, 320), channels=32, gating=30, inter=36),

@@ -47,7 +47,9 @@ struct Call {
     void* data = t.mutable_data_ptr();
     held.push_back(t);
     advise_huge_pages(t);
-    return map_over(t, data);
+    Map map = map_over(t, data);
+    map.has_pages = has_pages(t);
+    return map;
   }
   Tensor new_acc(const Ints& shape) const {
     Tensor t = torch::stable::new_empty(like, shape, acc_dtype(like));

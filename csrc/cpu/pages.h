@@ -1,4 +1,4 @@
-// Memory of large results and workspaces as huge pages.
+// Memory of large results and workspaces: huge pages, and whether there are any yet.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -6,6 +6,7 @@
 #include <cstdint>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace attn_gate::cpu {
@@ -24,6 +25,20 @@ inline void advise_huge_pages(const torch::stable::Tensor& t) {
   madvise(reinterpret_cast<void*>(first), size_t(last - first), MADV_HUGEPAGE);
 #else
   (void)t;
+#endif
+}
+
+// Whether this memory has its pages: the one in the middle stands for all. Others come at first touch, and
+// come cleared, by way of the caches.
+inline bool has_pages(const torch::stable::Tensor& t) {
+#if defined(__linux__)
+  const int64_t page = sysconf(_SC_PAGESIZE), middle = t.numel() * t.element_size() / 2;
+  const int64_t address = int64_t(reinterpret_cast<uintptr_t>(t.mutable_data_ptr())) + middle;
+  unsigned char state = 1;
+  mincore(reinterpret_cast<void*>(address / page * page), 1, &state);
+  return state & 1;
+#else
+  return true;
 #endif
 }
 
