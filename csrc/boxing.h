@@ -7,14 +7,17 @@
 #include <torch/csrc/stable/library.h>
 
 #include <string>
+#include <string_view>
+#include <type_traits>
 
 namespace attn_gate {
 
 // How a parameter is handed over, and what is made of it.
 template <class P>
 struct Argument {
+  static_assert(!std::is_convertible_v<P, std::string_view>, "strings are parameters of type std::string");
   using Type = P;
-  static P take(P argument) { return static_cast<P>(argument); }
+  static P take(P argument) { return static_cast<P&&>(argument); }
 };
 template <>
 struct Argument<std::string> {
@@ -24,7 +27,7 @@ struct Argument<std::string> {
     const char* data = nullptr;
     const bool read = torch_string_length(handle, &length) == AOTI_TORCH_SUCCESS &&
                       torch_string_c_str(handle, &data) == AOTI_TORCH_SUCCESS;
-    const std::string text(read ? data : "", length);
+    const std::string text(read ? data : "", read ? length : 0);
     STD_TORCH_CHECK(torch_delete_string(handle) == AOTI_TORCH_SUCCESS && read,
                     "attn_gate: a string argument can't be read");
     return text;

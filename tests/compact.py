@@ -8,7 +8,7 @@ memory).
 from __future__ import annotations
 
 import torch
-from matrix import DTYPES, EDGES, LAYOUTS, compare, recomputes
+from matrix import DTYPES, EDGES, LAYOUTS, STREAMED, compare, recomputes
 
 from attn_gate._library import cpu_isa
 from attn_gate.cases import CASES, OPERATORS
@@ -27,6 +27,11 @@ def main() -> None:
                 dtype, layout = DTYPES[count % len(DTYPES)], layouts[count % len(layouts)]
                 compare(case, operator, dtype, layout, **options)
                 count += 1
+    *_, shallow, patches = STREAMED
+    for dtype in DTYPES:
+        compare(patches, "apply_attention", dtype)
+    for dtype in DTYPES[:2]:
+        compare(shallow, "attention_gate", dtype)
     print(cpu_isa(), count)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrix import BLOCKS, DTYPES, LARGE, LAYOUTS, PANELS, compare, results
+from matrix import BLOCKS, DTYPES, LARGE, LAYOUTS, PANELS, STREAMED, compare, results
 from raw_operators import refuses_what_does_not_fit
 from torch import Tensor
 from torch.testing import assert_close
@@ -44,6 +44,15 @@ def poison():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_nothing_uninitialised_is_read(case, operator, poison):
     for dtype, layout in zip(DTYPES, ("contiguous", "channels last", "gaps", "odd offsets"), strict=True):
+        compare(case, operator, dtype, layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("operator", ["gate", "attention_gate", "apply_attention"])
+@pytest.mark.parametrize("case", STREAMED, ids=lambda case: case.name)
+def test_results_larger_than_caches(case, operator, layout, poison):
+    """They have their pages, since those were filled, and are written past the caches."""
+    for dtype in (torch.float32, torch.bfloat16):
         compare(case, operator, dtype, layout)
 
 
@@ -166,7 +175,9 @@ def test_offsets_beyond_32_bits(layout):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize(
-    "case", [*(c for c in LARGE if "1D" not in c.name), PANELS[-1], BLOCKS[0]], ids=lambda case: case.name
+    "case",
+    [*(c for c in LARGE if "1D" not in c.name), PANELS[-1], BLOCKS[0], STREAMED[1]],
+    ids=lambda case: case.name,
 )
 @pytest.mark.parametrize("operator", ["gate", "attention_gate"])
 def test_same_bits_on_any_number_of_threads(case, operator, layout):

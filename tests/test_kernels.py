@@ -8,19 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from matrix import (
-    BACKENDS,
-    BLOCKS,
-    DTYPES,
-    EDGES,
-    LARGE,
-    LAYOUTS,
-    PANELS,
-    STREAMED,
-    compare,
-    recomputes,
-    results,
-)
+from matrix import BACKENDS, BLOCKS, DTYPES, EDGES, LARGE, LAYOUTS, PANELS, compare, recomputes, results
 
 from attn_gate import backends, functional, reference
 from attn_gate._library import ops
@@ -47,14 +35,6 @@ def test_large(case, operator, backend):
     for options in recomputes(operator):
         for layout in ("contiguous", "channels last"):
             compare(case, operator, torch.float32, layout, backend=backend, **options)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
-@pytest.mark.parametrize("operator", ["gate", "attention_gate", "apply_attention"])
-@pytest.mark.parametrize("case", STREAMED, ids=lambda case: case.name)
-def test_results_larger_than_caches(case, operator, layout):
-    for dtype in (torch.float32, torch.bfloat16):
-        compare(case, operator, dtype, layout)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])

@@ -72,28 +72,31 @@ void project_back_to(const Worker<T>& work, const A* ds, bool of_x, const Map& o
   const int64_t ld = work.ld, I = work.p.inter, pitch = out.grid.voxels(), rows = out.channels;
   T* const to = sample_of<T>(out, n) + v;
   const T* const from = dy ? sample_of<T>(dy, n) + v : nullptr;
-  const bool streams = work.p.streams(out);
+  const bool streams = kStreams<A, T> && work.p.streams(out);
   for (int64_t k = 0; k < rows; k += kRows) {
     const int some = int(smaller(kRows, rows - k));
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       const bool whole = at + NV * kLanes<A> <= len;
+      constexpr bool of_lines = NV * kLanes<A> * sizeof(T) % 64 == 0;
+      const auto past = [&](int r) {
+        return of_lines && streams && whole && begins_line(to + (k + r) * pitch + at);
+      };
       // Stores to lines that are still on their way would hold up the arithmetic.
       for (int r = 0; r < some; ++r)
         for (int64_t i = 0; i < NV * kLanes<A>; i += int64_t(64 / sizeof(T))) {
-          if (!streams || !whole) __builtin_prefetch(to + (k + r) * pitch + at + i, 1, 3);
+          if (!past(r)) __builtin_prefetch(to + (k + r) * pitch + at + i, 1, 3);
           if (from) __builtin_prefetch(from + (k + r) * pitch + at + i, 0, 3);
         }
       Vec<A> acc[kRows][NV] = {};
       multiply<A, NV>(work.weights_back(of_x, k), kRows, ds + at, ld, I, acc);
       for (int r = 0; r < some; ++r) {
         const int64_t first = (k + r) * pitch + at;
-        const bool past = streams && begins_line(to + first);
         for (int j = 0; whole && j < NV; ++j) {
           const int64_t i = first + j * kLanes<A>;
           Vec<A> sum = acc[r][j];
           if (from) sum += load_as<A>(from + i) * load(alpha + at + j * kLanes<A>);
-          past ? stream_as<A>(to + i, sum) : store_as<A>(to + i, sum);
+          past(r) ? stream_as<A>(to + i, sum) : store_as<A>(to + i, sum);
         }
         if (whole) continue;
         A sums[NV * kLanes<A>];

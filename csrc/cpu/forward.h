@@ -48,7 +48,8 @@ class Weigh {
   Weigh(const Problem& p, int64_t n)
       : x_(sample_of<T>(p.x, n)), y_(sample_of<T>(p.y, n)),
         alpha_(static_cast<const A*>(p.alpha) + n * p.coarse.voxels()), channels_(p.x.channels),
-        voxels_(p.x.grid.voxels()), channels_last_(p.y.channels_last), streams_(p.streams(p.y)) {}
+        voxels_(p.x.grid.voxels()), channels_last_(p.y.channels_last),
+        streams_(kStreams<A, T> && p.streams(p.y)) {}
 
   // Finishes what it was at, and takes on the voxels [v, v + len) for as many calls of step(); tile: x's
   // rows, `ld` apart, or null.
@@ -187,7 +188,7 @@ void apply_rows(const Problem& p, int64_t n, int64_t r0, int64_t r1) {
   using A = Acc<T>;
   const Resizer<A> resize(p.alpha_resize, p.coarse, p.fine);
   const int64_t voxels = p.fine.voxels(), C = p.x.channels, step = rows_at_once(p.fine);
-  const bool streams = p.streams(p.y);
+  const bool streams = kStreams<A, T> && p.streams(p.y);
   Buffer<A> up(step * p.fine.w), line(p.coarse.w);
   const A* alpha = static_cast<const A*>(p.alpha) + n * p.coarse.voxels();
   for (int64_t r = r0; r < r1; r += step) {

@@ -11,13 +11,15 @@
 
 namespace attn_gate::cpu {
 
+constexpr int64_t kLarge = int64_t(8) << 20;  // bytes: see Problem::streams
+
 // A feature map [N, channels, grid] in memory: contiguous, or channels last. Null data: absent.
 struct Map {
   void* data = nullptr;
   int64_t channels = 0;
   Grid grid;
   bool channels_last = false;
-  bool has_pages = false;  // of outputs
+  bool has_pages = false;  // of large outputs
   ATTN_GATE_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
@@ -80,11 +82,12 @@ struct Problem {
   ATTN_GATE_INLINE int64_t element_size() const {
     return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
   }
-  // Whether a result is written past the caches: where it is larger than what two cores have of their own,
-  // and its pages don't come cleared by way of them. Measured at 16 and 32 MiB, inference: 0.75 to 0.9 of the
-  // time, 0.93 with the torch.cat that reads y; at 8 MiB no gain; with fresh pages 1.0 to 1.25.
+  // Whether y, or dx or dg on one grid, is written past the caches where rows begin with cache lines: where
+  // it is larger than what two cores have of their own, and its pages don't come cleared by way of them.
+  // Measured at 16 and 32 MiB, inference: 0.75 to 0.9 of the time, 0.93 with the torch.cat that reads y; at 8
+  // MiB no gain; with fresh pages 1.0 to 1.25.
   ATTN_GATE_INLINE bool streams(const Map& m) const {
-    return m.has_pages && batch * m.channels * m.grid.voxels() * element_size() > (int64_t(8) << 20);
+    return m.has_pages && batch * m.channels * m.grid.voxels() * element_size() > kLarge;
   }
   // Whether y is written in a second phase: on two grids, and where a channel of y fits on a page, of which
   // each tile would touch as many as y has channels.

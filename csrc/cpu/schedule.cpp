@@ -93,12 +93,10 @@ int64_t rows_needed(const Problem& p, const Pieces& pieces, int64_t count) {
   return (n * axis.fine + (slabs == axis.coarse ? axis.fine : need)) * axis.fine_rows;
 }
 
-size_t element_size(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
-
 // Units (tiles, or groups of them) a band takes, of `units` in all.
 int64_t units_per_band(const Problem& p, int64_t units) {
   const double bytes =
-      double(p.batch) * double(p.x.channels) * double(p.fine.voxels()) * double(element_size(p.dtype));
+      double(p.batch) * double(p.x.channels) * double(p.fine.voxels()) * double(p.element_size());
   const double bands = bytes / double(kBandBytes * int64_t(torch::stable::get_num_threads()));
   return std::max<int64_t>(1, bands > 1 ? int64_t(double(units) / bands) : units);
 }

@@ -127,6 +127,14 @@ inline void streams_end() {
   __builtin_ia32_sfence();
 #endif
 }
+// Whether there are such stores of a vector of A as elements of type T; others are plain ones.
+#if defined(__clang__) || defined(__x86_64__)
+template <class A, class T>
+constexpr bool kStreams = kLanes<A> * sizeof(T) >= 16;
+#else
+template <class A, class T>
+constexpr bool kStreams = false;
+#endif
 template <class A, class T>
 inline void stream_as(T* p, Vec<A> v) {
   stream(p, rounded_to<T, A>(v));

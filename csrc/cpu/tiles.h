@@ -15,11 +15,8 @@ template <class A>
 class Buffer {
  public:
   explicit Buffer(int64_t n)
-      : data_(n > 0 ? static_cast<A*>(::operator new(size_t(n) * sizeof(A), std::align_val_t(64)))
-                    : nullptr) {}
-  ~Buffer() {
-    if (data_) ::operator delete(data_, std::align_val_t(64));
-  }
+      : data_(static_cast<A*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(A), std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator A*() const { return data_; }
