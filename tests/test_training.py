@@ -323,6 +323,10 @@ def test_channels_last_has_to_be_larger():
         assert gate.fusion(x, x).plan == "whole_moments"
         x = x.to(memory_format=torch.channels_last)
         assert gate.fusion(x, x).plan == plan
+    gate = AttentionGate(32, 32, 16, preset="same_grid", spatial_dims=3).train()
+    for size, plan in ((24, "eager"), (48, "whole_moments"), (96, "whole_moments")):
+        x = torch.empty(1, 32, size, size, size, memory_format=torch.channels_last_3d)
+        assert gate.fusion(x, x).plan == plan
 
 
 @pytest.mark.parametrize("kind", ["instance", "group"])
