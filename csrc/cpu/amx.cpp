@@ -36,11 +36,11 @@ inline AllHalves leading_bits(Vec<float> a, Vec<float> b) {
 }
 inline Halves leading_bits(Vec<float> a) { return __builtin_convertvector((Words)a >> 16, Halves); }
 
-bool pack(const float* row, int64_t r, int64_t depth, uint16_t* to) {
+bool pack(const float* row, int64_t r, int64_t depth, int parts, uint16_t* to) {
   Words rest = {};
   for (int64_t k = 0; k < depth; k += kDepth, to += 3 * kTile) {
     Vec<float> low = load(row + k), high = load(row + k + kLanes<float>);
-    for (int part = 0; part < 3; ++part) {
+    for (int part = 0; part < parts; ++part) {
       uint16_t* dst = to + part * kTile + r * kDepth;
       const Halves a = leading_bits(low), b = leading_bits(high);
       std::memcpy(dst, &a, sizeof a);
@@ -244,6 +244,7 @@ void multiply_by(const Operands& o, const float* rows, int parts_x, int64_t dept
 }
 void multiply(const uint16_t* w, int parts_w, int64_t inter, const float* rows, int parts_x, int64_t depth,
               int64_t len, int64_t ld, bool add, float* sums, void (*aside)(void*), void* context) {
+  if (inter == 0) return;
   const int64_t steps = (depth + kDepth - 1) / kDepth;
   const Operands o = {w, 3 * steps * kTile, sums, ld, steps, add, aside, context};
   if (parts_w == 1) return multiply_by<1>(o, rows, parts_x, depth, inter, len);

@@ -15,6 +15,8 @@ namespace {
 
 // Columns of the weight gradient that a panel covers at most: whole blocks of kCols vectors everywhere.
 constexpr int kPanel = 48;
+// Rows of the input that matrix units take for it at a time.
+constexpr int64_t kRowsPacked = 64;
 
 // Columns of each panel over `rows` rows of the input: whole vectors, and about as many in the last panel.
 inline int64_t panel_width(int64_t rows) {
@@ -47,7 +49,9 @@ inline int64_t count_weight_panels(const Problem& p, const Layout& layout) {
 // The first `rows` rows of dx or dg of the tile: out[k][v] = init + (W^T ds)[k][v]. `out` may hold the
 // initial value.
 template <bool Init, class T, class A>
-void project_back(const Worker<T>& work, const A* ds, bool of_x, int64_t rows, int64_t len, A* out) {
+void project_back(const Worker<T>& work, const A* ds, bool of_x, int64_t rows, int64_t len, A* out,
+                  NextTile<T>& next) {
+  if (work.units) return work.multiply_back_by_units(next, of_x, rows, ds, len, Init, out);
   const int64_t ld = work.ld, I = work.p.inter;
   for_panels<A>(len, [&](auto nv, int64_t at) {
     constexpr int NV = decltype(nv)::value;
@@ -113,10 +117,38 @@ bool in_rows(const Worker<T>& work, const Map& out) {
   return !out.channels_last && work.p.taps() == 1 && out.grid == work.p.coarse;
 }
 
-// Where the tile from voxel v of sample n on comes among all tiles.
-inline int64_t tile_at(const Problem& p, int64_t ld, int64_t n, int64_t v) {
-  return n * ((p.coarse.voxels() + ld - 1) / ld) + v / ld;
+// out = rows (+ dy * alpha, if there is a dy) of a tile's voxels, of a map whose voxels lie side by side as
+// in a tile. dy has been fetched.
+template <class T, class A>
+void store_rows(const Worker<T>& work, const A* rows, const Map& out, const Map& dy, const A* alpha,
+                int64_t n, int64_t v, int64_t len) {
+  const int64_t pitch = out.grid.voxels();
+  T* to = sample_of<T>(out, n) + v;
+  const T* from = dy ? sample_of<T>(dy, n) + v : nullptr;
+  const bool streams = kStreams<A, T> && work.p.streams(out);
+  for (int64_t c = 0; c < out.channels; ++c, rows += work.ld, to += pitch) {
+    const bool past = streams && begins_line(to);
+    int64_t i = 0;
+    for (; i + kLanes<A> <= len; i += kLanes<A>) {
+      Vec<A> sum = load(rows + i);
+      if (from) sum += load_as<A>(from + i) * load(alpha + i);
+      past ? stream_as<A>(to + i, sum) : store_as<A>(to + i, sum);
+    }
+    for (; i < len; ++i) to[i] = from_acc<T>(rows[i] + (from ? to_acc(from[i]) * alpha[i] : A(0)));
+    if (from) from += pitch;
+  }
 }
+
+// All tiles, counted through all samples.
+struct Tiles {
+  int64_t ld, voxels, per_sample, count;
+  Tiles(const Problem& p, int64_t ld_)
+      : ld(ld_), voxels(p.coarse.voxels()), per_sample((voxels + ld - 1) / ld), count(p.batch * per_sample) {}
+  Voxels operator[](int64_t t) const {
+    const int64_t n = t / per_sample, v = t % per_sample * ld;
+    return {n, v, smaller(v + ld, voxels)};
+  }
+};
 
 // panel[i * width + r] = rows[r * ld + i], zeros behind the last row.
 template <class A>
@@ -150,36 +182,56 @@ void add_weights(const Problem& p, const A* ds_t, int64_t ld, const A* panel, in
   });
 }
 
+// sums[r][i] (+)= sum over the tile's voxels of rows_r * ds_i, by matrix units: of all rows of the input,
+// some at a time, which the units take as they take weights.
+template <class T, class Aside>
+void add_weights_by_units(const Worker<T>& work, Aside& aside, const float* ds_t, int64_t len, bool first,
+                          uint16_t* packed, float* sums) {
+  const int64_t ld = work.ld, Ip = work.packed.inter, K = work.p.depth(),
+                padded = round_up(len, MatrixUnits::kDepth);
+  const int parts = work.parts_x == 2 ? 3 : work.parts_x;
+  for (int64_t k = 0; k < K; k += kRowsPacked) {
+    const int64_t some = smaller(kRowsPacked, K - k);
+    for (int64_t r = 0; r < some; ++r) {
+      float* row = work.rows + (k + r) * ld;
+      for (int64_t i = round_up(len, kLanes<float>); i < padded; ++i) row[i] = 0;
+      work.units->pack(row, r % MatrixUnits::kRows, padded, parts,
+                       packed + r / MatrixUnits::kRows * MatrixUnits::kRows * 3 * padded);
+    }
+    work.units->multiply(
+        packed, parts, some, ds_t, work.kPartsOfSums, len, Ip, Ip, !first, sums + k * Ip,
+        [](void* context) { static_cast<Aside*>(context)->step(); }, &aside);
+  }
+}
+
 // Panels [begin, end) of dW = ds [x; g]^T over all voxels, from ds as the tiles have left it. Each panel's
 // rows of x or g are read by one thread, once.
 template <class T>
 void weight_panels(const Problem& p, const Layout& layout, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const int64_t ld = layout.tile, Ip = layout.weight_rows, voxels = p.coarse.voxels(), taps = p.taps();
+  const Tiles tiles(p, layout.tile);
+  const int64_t ld = layout.tile, Ip = layout.weight_rows, taps = p.taps();
   const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
                 flat = same_grid_patches(p.coarse);
   Buffer<A> rows(kPanel * ld), panel(kPanel * ld);
   for_weight_panels(p, layout, begin, end, [&](const Panel& u) {
     const A* turned = static_cast<const A*>(p.turned) + (u.of_x ? 0 : layout.turned_g);
     const int64_t k0 = u.of_x ? u.row / taps : u.row - p.rows_x(), count = u.of_x ? u.rows / taps : u.rows;
-    bool first = true;
-    for (int64_t n = 0; n < p.batch; ++n)
-      for (int64_t v = 0; v < voxels; v += ld) {
-        const int64_t last = smaller(v + ld, voxels);
-        load_tile<T>(u.of_x ? p.x : p.g, u.of_x ? patches : flat, n, v, last, k0, k0 + count,
-                     static_cast<A*>(rows), ld);
-        centre_rows(p, u.row, u.row + u.rows, last - v, ld, static_cast<A*>(rows));
-        turn_panel(static_cast<const A*>(rows), ld, u.rows, u.width, last - v, static_cast<A*>(panel));
-        add_weights<A>(p, turned + tile_at(p, ld, n, v) * Ip * ld, ld, static_cast<const A*>(panel), u.width,
-                       last - v, first, static_cast<A*>(p.partial) + u.at * Ip);
-        first = false;
-      }
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const auto [n, v0, v1] = tiles[t];
+      load_tile<T>(u.of_x ? p.x : p.g, u.of_x ? patches : flat, n, v0, v1, k0, k0 + count,
+                   static_cast<A*>(rows), ld);
+      centre_rows(p, u.row, u.row + u.rows, v1 - v0, ld, static_cast<A*>(rows));
+      turn_panel(static_cast<const A*>(rows), ld, u.rows, u.width, v1 - v0, static_cast<A*>(panel));
+      add_weights<A>(p, turned + t * Ip * ld, ld, static_cast<const A*>(panel), u.width, v1 - v0, t == 0,
+                     static_cast<A*>(p.partial) + u.at * Ip);
+    }
   });
 }
 
 template <class T>
-void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool begin, int64_t n, int64_t v0,
-                    int64_t v1) {
+void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int64_t first_group,
+                     int64_t last_group) {
   using A = Acc<T>;
   Worker<T> work(p, layout, true);
   const int64_t ld = work.ld, voxels = p.coarse.voxels(), C = p.x.channels, I = p.inter,
@@ -193,27 +245,45 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
   const bool direct_dg = p.dg && in_rows(work, p.dg);
   // Then dy is read where it lies; else a tile of it becomes one of dx.
   const bool dy_in_tile = apply && same && (p.dy.channels_last || (p.dx && !direct_dx));
-  Buffer<A> alpha(ld), dlogit(ld), line(p.fine.w), ds(Ip * ld), dy(dy_in_tile ? C * ld : 0);
+  Buffer<A> alpha(ld), dlogit(ld), line(p.fine.w), ds(Ip * ld),
+      dy(dy_in_tile ? round_up(C, MatrixUnits::kRows) * ld : 0);
   Buffer<A> own_x(apply && same && !x_in_tile ? C * ld : 0);
-  const bool weights = p.weight_grads && K > 0, apart = layout.weight_panels > 0;
-  Buffer<A> own_ds_t(weights && !apart ? Ip * ld : 0), panel(weights && !apart ? kPanel * ld : 0),
-      lane_sums(4 * Ip * kLanes<A>), own_ds_g(p.norms ? Ip * ld : 0);
+  const bool weights = p.weight_grads && K > 0, apart = layout.weight_panels > 0, by_units = work.units,
+             sums_by_units = weights && by_units && !apart;
+  Buffer<A> own_ds_t(weights && !apart ? Ip * ld : 0),
+      panel(weights && !apart && !by_units ? kPanel * ld : 0), lane_sums(4 * Ip * kLanes<A>),
+      own_ds_g(p.norms ? Ip * ld : 0);
+  Buffer<uint16_t> packed_rows(sums_by_units ? kRowsPacked * 3 * ld : 0);
   // Behind batch norms ds of theta and ds of phi differ.
   A* ds_g = p.norms ? own_ds_g : ds;
   A *bias_sums = lane_sums, *psi_sums = lane_sums + Ip * kLanes<A>, *scale_sums = psi_sums + Ip * kLanes<A>;
-  std::memset(lane_sums, 0, size_t(4 * Ip * kLanes<A>) * sizeof(A));
-  A* sums = static_cast<A*>(p.partial) + layout.group_at + group * layout.partial_elements;
-  A db = 0;
+  A *sums = nullptr, db = 0;
   const int64_t panels = count_weight_panels(p, layout);
   A* x_rows = own_x;
+  const Tiles tiles(p, ld);
+  const auto first_of = [&](int64_t group) { return tiles.count * group / groups; };
+  const int64_t last = first_of(last_group);
   NextTile<T> next;
-  work.begin(next, n, v0, smaller(v0 + ld, v1));
+  work.begin(next, tiles[first_of(first_group)]);
 
-  for (int64_t v = v0; v < v1; v += ld) {
-    const int64_t end = smaller(v + ld, v1), len = end - v, padded = round_up(len, kLanes<A>);
-    work.turn_to(next, n, v, end, smaller(end + ld, v1));
+  int64_t group = first_group;
+  for (int64_t t = first_of(group); t < last; ++t) {
+    const bool first = t == first_of(group);
+    if (first) {
+      std::memset(lane_sums, 0, size_t(4 * Ip * kLanes<A>) * sizeof(A));
+      sums = static_cast<A*>(p.partial) + layout.group_at + group * layout.partial_elements;
+      db = 0;
+    }
+    const Voxels tile = tiles[t];
+    const int64_t n = tile.n, v = tile.v0, end = tile.v1, len = tile.len(), padded = round_up(len, kLanes<A>);
+    work.turn_to(next, tile, t + 1 < last ? tiles[t + 1] : Voxels{n, end, end});
     if (x_in_tile) x_rows = work.rows;
     work.load_given(n, v, end);
+    if (by_units && p.project) {
+      work.multiply_by_units(next, len);
+      for (int64_t i = 0; i < len; i += kLanes<A>)
+        work.mend(n, v + i, smaller(v + i + kLanes<A>, end), work.sums + i);
+    }
 
     if (p.ds) {
       for (int64_t i = I; i < Ip; ++i) std::memset(ds + i * ld, 0, size_t(padded) * sizeof(A));
@@ -292,8 +362,7 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
     // dW += ds [x; g]^T
     const A* turned = nullptr;
     auto turn = [&](const A* rows, int64_t of_g) {
-      A* to = apart ? static_cast<A*>(p.turned) + of_g + tile_at(p, ld, n, v) * Ip * ld
-                    : static_cast<A*>(own_ds_t);
+      A* to = apart ? static_cast<A*>(p.turned) + of_g + t * Ip * ld : static_cast<A*>(own_ds_t);
       for (int64_t i = 0; i < Ip; i += kBlock<A>)
         transpose(rows + i * ld, ld, kBlock<A>, len, to + i * ld, kBlock<A>);
       turned = rows;
@@ -302,49 +371,60 @@ void backward_tiles(const Problem& p, const Layout& layout, int64_t group, bool 
       turn(ds, 0);
       if (p.norms) turn(ds_g, layout.turned_g);
     }
-    for_weight_panels(p, layout, 0, weights && !apart ? panels : 0, [&](const Panel& u) {
+    if constexpr (std::is_same_v<A, float>)
+      if (sums_by_units) {
+        transpose(static_cast<const A*>(ds), ld, Ip, len, static_cast<A*>(own_ds_t), Ip);
+        add_weights_by_units(work, next, static_cast<const A*>(own_ds_t), len, first,
+                             static_cast<uint16_t*>(packed_rows), sums);
+      }
+    for_weight_panels(p, layout, 0, weights && !apart && !by_units ? panels : 0, [&](const Panel& u) {
       const A* rows = u.of_x ? static_cast<const A*>(ds) : ds_g;
       if (turned != rows) turn(rows, 0);
       turn_panel(work.rows + u.row * ld, ld, u.rows, u.width, len, static_cast<A*>(panel));
-      add_weights<A>(p, own_ds_t, ld, static_cast<const A*>(panel), u.width, len, begin && v == v0,
-                     sums + u.at * Ip);
+      add_weights<A>(p, own_ds_t, ld, static_cast<const A*>(panel), u.width, len, first, sums + u.at * Ip);
     });
 
     // dg, then dx: the tile's input rows are free now
-    if (direct_dg) {
+    if (direct_dg && by_units) {
+      work.multiply_back_by_units(next, false, p.rows_g(), ds_g, len, false, work.rows);
+      store_rows<T, A>(work, work.rows, p.dg, Map(), nullptr, n, v, len);
+    } else if (direct_dg) {
       project_back_to<T, A>(work, ds_g, false, p.dg, Map(), nullptr, n, v, len);
     } else if (p.dg) {
-      A* out = work.rows + p.rows_x() * ld;
-      project_back<false>(work, static_cast<const A*>(ds_g), false, p.rows_g(), len, out);
+      A* out = work.rows;
+      project_back<false>(work, static_cast<const A*>(ds_g), false, p.rows_g(), len, out, next);
       store_tile<false, T>(p.dg, work.flat, n, v, end, static_cast<const A*>(out), ld);
     }
-    if (direct_dx) {
+    if (direct_dx && by_units) {
+      work.multiply_back_by_units(next, true, C, ds, len, false, work.rows);
+      store_rows<T, A>(work, work.rows, p.dx, p.dy, alpha, n, v, len);
+    } else if (direct_dx) {
       project_back_to<T, A>(work, ds, true, p.dx, p.dy, alpha, n, v, len);
     } else if (p.dx) {
       if (apply && same) {
         if (p.uses_x())
-          project_back<true>(work, static_cast<const A*>(ds), true, C, len, static_cast<A*>(dy));
+          project_back<true>(work, static_cast<const A*>(ds), true, C, len, static_cast<A*>(dy), next);
         store_tile<false, T>(p.dx, work.flat, n, v, end, static_cast<const A*>(dy), ld);
       } else if (p.uses_x()) {  // onto dy * resize(alpha), or onto zeros, that is there already
-        project_back<false>(work, static_cast<const A*>(ds), true, p.rows_x(), len, work.rows);
+        project_back<false>(work, static_cast<const A*>(ds), true, p.rows_x(), len, work.rows, next);
         store_tile<true, T>(p.dx, work.patches, n, v, end, static_cast<const A*>(work.rows), ld);
       }
     }
+
+    if (t + 1 < first_of(group + 1)) continue;
+    ++group;
+    if (p.norms && !p.norm_sums) continue;
+    const auto leave = [&](const A* lanes, int64_t at) {
+      for (int64_t i = 0; i < I; ++i) sums[at + i] = horizontal_sum<A>(load(lanes + i * kLanes<A>));
+    };
+    leave(bias_sums, layout.bias_at);
+    leave(psi_sums, layout.psi_at);
+    sums[layout.psi_bias_at] = db;
+    if (!p.norms) continue;
+    leave(scale_sums, layout.scale_x_at);
+    leave(scale_sums + Ip * kLanes<A>, layout.scale_g_at);
   }
   streams_end();
-  if (p.norms && !p.norm_sums) return;
-  auto leave = [&](const A* lanes, int64_t at) {
-    for (int64_t i = 0; i < I; ++i) {
-      const A sum = horizontal_sum<A>(load(lanes + i * kLanes<A>));
-      sums[at + i] = begin ? sum : sums[at + i] + sum;
-    }
-  };
-  leave(bias_sums, layout.bias_at);
-  leave(psi_sums, layout.psi_at);
-  sums[layout.psi_bias_at] = begin ? db : sums[layout.psi_bias_at] + db;
-  if (!p.norms) return;
-  leave(scale_sums, layout.scale_x_at);
-  leave(scale_sums + Ip * kLanes<A>, layout.scale_g_at);
 }
 
 template <class T>

@@ -34,7 +34,7 @@ struct Set {
 const Set& pick() {
   static constexpr Set any = ATTN_GATE_SET(default);
 #if defined(__x86_64__)
-  static constexpr Set with_avx2 = ATTN_GATE_SET(avx2), with_avx512 = ATTN_GATE_SET(avx512);
+  static constexpr Set with_avx512 = ATTN_GATE_SET(avx512);
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   const bool at_most_default = wanted && !std::strcmp(wanted, "default");
   const bool at_most_avx2 = at_most_default || (wanted && !std::strcmp(wanted, "avx2"));
@@ -44,7 +44,10 @@ const Set& pick() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && !at_most_avx2) return with_avx512;
+#if defined(ATTN_GATE_AVX2)
+  static constexpr Set with_avx2 = ATTN_GATE_SET(avx2);
   if (avx2 && !at_most_default) return with_avx2;
+#endif
 #endif
   return any;
 }

@@ -146,10 +146,10 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
   Buffer<A> alpha(ld);
   Aside<T> aside;
   if (p.y && !p.applies_later()) aside.behind.emplace(p, n);
-  work.begin(aside.next, n, v0, smaller(v0 + ld, v1));
+  work.begin(aside.next, {n, v0, smaller(v0 + ld, v1)});
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v;
-    work.go_through(aside.next, aside, n, v, end, smaller(end + ld, v1));
+    work.go_through(aside.next, aside, {n, v, end}, {n, end, smaller(end + ld, v1)});
     work.load_given(n, v, end);
 
     for_panels<A>(len, [&](auto nv, int64_t at) {

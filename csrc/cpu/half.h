@@ -1,5 +1,5 @@
-// bfloat16 and float16 in memory, float in registers. Branch-free, so that the compiler vectorises the loops
-// over them.
+// bfloat16 and float16 in memory, float in registers. Branch-free, so that the compiler can vectorise loops
+// over them; simd.h has the same of whole vectors.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -73,15 +73,6 @@ struct AccOf<double> {
 };
 template <class T>
 using Acc = typename AccOf<T>::type;
-
-template <class T, class A>
-inline void convert_row(const T* src, A* dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = to_acc(src[i]);
-}
-template <class T, class A>
-inline void convert_row_back(const A* src, T* dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = from_acc<T>(src[i]);
-}
 
 }  // namespace
 }  // namespace attn_gate::cpu

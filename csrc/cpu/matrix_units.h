@@ -22,9 +22,9 @@ struct MatrixUnits {
   // Sets up the units of the calling thread, and gives them back.
   void (*acquire)();
   void (*release)();
-  // Row r < kRows of a tile of rows of W, `depth` columns (whole kDepth) of it: to[step][3][kRows][kDepth].
-  // Whether all of them are bfloat16 already.
-  bool (*pack)(const float* row, int64_t r, int64_t depth, uint16_t* to);
+  // Row r < kRows of a tile of rows of W, `depth` columns (whole kDepth) of it, as the sum of `parts`
+  // bfloat16: to[step][3][kRows][kDepth]. Whether all of them are bfloat16 already.
+  bool (*pack)(const float* row, int64_t r, int64_t depth, int parts, uint16_t* to);
   // sums[i][v] = (add: +=) W rows[depth][v], for i < inter and v < len, both rounded up to whole tiles, where
   // each of W is the sum of parts_w (1 or 3) bfloat16, each of rows of parts_x. Rows of `rows` and `sums` are
   // ld apart. Between two steps it calls aside(context), asides_of() times in all.

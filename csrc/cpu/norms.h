@@ -112,11 +112,11 @@ void statistics_tiles(const Problem& p, const Layout& layout, const Statistics& 
     held = 0;
   };
   NextTile<T> next;
-  work.begin(next, n, v0, smaller(v0 + ld, v1));
+  work.begin(next, {n, v0, smaller(v0 + ld, v1)});
   for (int64_t v = v0; v < v1; v += ld) {
     const int64_t end = smaller(v + ld, v1), len = end - v;
     for (int64_t i = 0; i < ld; ++i) inside[i] = A(i < len);
-    work.go_through(next, next, n, v, end, smaller(end + ld, v1));
+    work.go_through(next, next, {n, v, end}, {n, end, smaller(end + ld, v1)});
     for_panels<A>(len, [&](auto nv, int64_t at) {
       constexpr int NV = decltype(nv)::value;
       const bool first = held == 0 && at == 0;

@@ -42,7 +42,7 @@ inline std::vector<Block> blocks_of(const Problem& p, const Patches& patches, co
 // Where the packed pieces of the workspace lie.
 template <class A>
 struct Packed {
-  // W in [I / kRows][K][kRows], or as matrix units take it; W^T in [K / kRows][I][kRows]; [I]; [I]
+  // W in [I / kRows][K][kRows], W^T in [K / kRows][I][kRows], or both as matrix units take them; [I]; [I]
   A *forward, *backward, *bias, *psi;
   A* wide;  // [I / MatrixUnits::kRows]: whether the rows of W have more bits than bfloat16
   int64_t inter, rows_x, rows_g;  // as packed: whole blocks
@@ -51,7 +51,7 @@ struct Packed {
         rows_g(round_up(p.rows_g(), kBlock<A>)) {
     forward = static_cast<A*>(p.packed);
     backward = forward + layout.forward_elements;
-    bias = backward + (with_backward ? (rows_x + rows_g) * p.inter : 0);
+    bias = backward + (with_backward ? (rows_x + rows_g) * layout.backward_columns : 0);
     psi = bias + inter;
     wide = psi + inter;
   }
@@ -106,10 +106,27 @@ inline void pack_for_units(const Problem& p, const Layout& layout, const Packed<
         i0 + r < p.inter ? std::memcpy(to, weight + (i0 + r) * width + from, bytes)
                          : std::memset(to, 0, bytes);
       }
-      narrow &= layout.units->pack(row, r, depth, packed_for_units(p.packed, to.inter, block, i0));
+      narrow &= layout.units->pack(row, r, depth, 3, packed_for_units(p.packed, to.inter, block, i0));
     }
   }
   to.wide[i0 / MatrixUnits::kRows] = !narrow;
+}
+// Where they find W^T's rows from k on, of theta's and then of phi's, each filled up to whole tiles; and what
+// a row takes, in elements of float32.
+inline uint16_t* packed_back_for_units(const Packed<float>& packed, int64_t inter, int64_t k) {
+  return reinterpret_cast<uint16_t*>(packed.backward) + 3 * k * round_up(inter, MatrixUnits::kDepth);
+}
+inline int64_t columns_back_for_units(int64_t inter) { return 3 * round_up(inter, MatrixUnits::kDepth) / 2; }
+// Packs rows [k0, k0 + kRows) of W^T, W being `weight` [I, width].
+inline void pack_back_for_units(const Problem& p, const Layout& layout, const float* weight, int64_t width,
+                                int64_t k0, uint16_t* to) {
+  const int64_t depth = round_up(p.inter, MatrixUnits::kDepth);
+  Buffer<float> row(depth);
+  for (int64_t r = 0; r < MatrixUnits::kRows; ++r) {
+    for (int64_t i = 0; i < depth; ++i)
+      row[i] = k0 + r < width && i < p.inter ? weight[i * width + k0 + r] : 0.f;
+    layout.units->pack(row, r, depth, 3, to);
+  }
 }
 
 // Unit u packs one block of rows: first those of W (for s), then those of W^T (for dx, dg), then bias and
@@ -136,6 +153,9 @@ void pack_unit(const Problem& p, const Layout& layout, bool backward, int64_t u)
     const bool of_x = k0 < to.rows_x;
     const A* weight = of_x ? theta : phi;
     const int64_t width = of_x ? rows_x : K - rows_x, first = of_x ? k0 : k0 - to.rows_x;
+    if constexpr (B == MatrixUnits::kRows)
+      if (layout.units)
+        return pack_back_for_units(p, layout, weight, width, first, packed_back_for_units(to, I, k0));
     for (int64_t b = 0; b < B; b += kRows) {
       const int64_t from = first + b, some = smaller(kRows, width - from);
       A* dst = to.backward + (k0 + b) * I;
@@ -189,13 +209,16 @@ struct Worker {
   const Patches patches;            // of x on the coarse grid
   const Patches flat;               // the coarse grid on itself
   const bool has_given;             // theta, phi or a stored s
+  const bool sums_weights;          // of their gradients, tile by tile
   const std::vector<Block> blocks;  // at least one
   const int64_t depth;              // rows of the largest of them
   const int held;   // inputs: this block's, the next one's, that of the tile before if its y is to come
   Buffer<A> input;  // [held][depth][ld]: patches of x, then g
   const int parts_w, parts_x;  // bfloat16 that a weight, and a value of the input, is the sum of
-  A* rows;                     // this block's of them
-  size_t at = 0;               // which block that is
+  // The same of ds, whose products are rounded to T, or summed with others of such maps.
+  static constexpr int kPartsOfSums = std::is_same_v<T, bf16> ? 2 : 3;
+  A* rows;          // this block's of them
+  size_t at = 0;    // which block that is
   Buffer<A> sums;   // [I][ld], of the blocks before, where there are several; of all for matrix units
   Buffer<A> given;  // [I][ld]
   std::optional<Resizer<A>> phi;
@@ -204,11 +227,12 @@ struct Worker {
       : p(p_), units(layout.units), ld(layout.tile), packed(p_, layout, backward),
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
         has_given(p_.theta || p_.phi || (p_.preact && !p_.project)),
+        sums_weights(p_.weight_grads && layout.weight_panels == 0),
         blocks(blocks_of(p_, patches, flat, layout.depth)), depth(most_rows(blocks)),
         held(!p.hides_memory() ? 1
              : holds_x()       ? 3
                                : 2),
-        input(held * depth * ld), parts_w(units && narrow_weights() ? 1 : 3),
+        input(held * padded_depth() * ld), parts_w(units && narrow_weights() ? 1 : 3),
         parts_x(p.centre_x || p.centre_g  ? 3
                 : std::is_same_v<T, bf16> ? 1
                 : std::is_same_v<T, f16>  ? 2
@@ -234,10 +258,12 @@ struct Worker {
     const bool rows = p.y && !p.applies_later() && !p.y.channels_last;
     return rows && p.uses_x() && !p.centre_x && blocks.size() == 1;
   }
+  // As matrix units write over the input in backward.
+  int64_t padded_depth() const { return units ? round_up(depth, MatrixUnits::kRows) : depth; }
   // Where the next input goes.
   A* next_rows() const {
-    A* next = rows + depth * ld;
-    return next < input + held * depth * ld ? next : static_cast<A*>(input);
+    A* next = rows + padded_depth() * ld;
+    return next < input + held * padded_depth() * ld ? next : static_cast<A*>(input);
   }
 
   static int64_t most_rows(const std::vector<Block>& blocks) {
@@ -248,31 +274,37 @@ struct Worker {
 
   // How often the products of a whole tile with this block look aside.
   int64_t looks_aside() const {
-    if (units) return MatrixUnits::asides_of(packed.inter, blocks[at].rows, ld);
+    if (units) {
+      int64_t looks = p.project ? MatrixUnits::asides_of(packed.inter, blocks[at].rows, ld) : 0;
+      if (p.dx && p.uses_x()) looks += MatrixUnits::asides_of(p.rows_x(), p.inter, ld);
+      if (p.dg) looks += MatrixUnits::asides_of(p.rows_g(), p.inter, ld);
+      if (sums_weights) looks += MatrixUnits::asides_of(p.depth(), ld, packed.inter);
+      return looks;
+    }
     const int64_t panels = (ld + kCols * kLanes<A> - 1) / (kCols * kLanes<A>),
                   K = p.project ? blocks[at].rows : 0;
     return panels * ((p.inter + kRows - 1) / kRows) * (K > 0 ? (K + kStep - 1) / kStep : 1);
   }
   // Begins with the voxels [v0, v1) of sample n: what can be loaded aside is on its way into next_rows().
-  void begin(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1) { expect(next, n, v0, v1, 0); }
-  // Goes through the blocks of the tile [v0, v1), behind which that up to v2 comes, and keeps their sums: of
-  // all but the last one, which is at hand then; of all with matrix units.
+  void begin(NextTile<T>& next, const Voxels& first) { expect(next, first, 0); }
+  // Goes through the blocks of a tile and keeps their sums: of all but the last one, which is at hand then;
+  // of all with matrix units.
   template <class Aside>
-  void go_through(NextTile<T>& next, Aside& aside, int64_t n, int64_t v0, int64_t v1, int64_t v2) {
-    add_blocks(next, aside, n, v0, v1);
-    turn_to(next, n, v0, v1, v2);
-    if (units) multiply_by_units(aside, v1 - v0);
+  void go_through(NextTile<T>& next, Aside& aside, const Voxels& tile, const Voxels& after) {
+    add_blocks(next, aside, tile);
+    turn_to(next, tile, after);
+    if (units) multiply_by_units(aside, tile.len());
   }
   template <class Aside>
-  void add_blocks(NextTile<T>& next, Aside& aside, int64_t n, int64_t v0, int64_t v1) {
+  void add_blocks(NextTile<T>& next, Aside& aside, const Voxels& tile) {
     for (size_t b = 0; b + 1 < blocks.size(); ++b) {
-      go_on(next, n, v0, v1, b);
-      expect(next, n, v0, v1, b + 1);
+      go_on(next, tile, b);
+      expect(next, tile, b + 1);
       if (units) {
-        multiply_by_units(aside, v1 - v0);
+        multiply_by_units(aside, tile.len());
         continue;
       }
-      for_panels<A>(v1 - v0, [&](auto nv, int64_t v) {
+      for_panels<A>(tile.len(), [&](auto nv, int64_t v) {
         constexpr int NV = decltype(nv)::value;
         for (int64_t i = 0; i < p.inter; i += kRows) {
           Vec<A> acc[kRows][NV];
@@ -285,24 +317,25 @@ struct Worker {
       });
     }
   }
-  // Goes on to the last block of the tile [v0, v1), behind which that up to v2 comes.
-  void turn_to(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1, int64_t v2) {
-    go_on(next, n, v0, v1, blocks.size() - 1);
-    expect(next, n, v1, v2, 0);
-    expect_outputs(next, n, v0, v1);
+  // Goes on to the last block of a tile.
+  void turn_to(NextTile<T>& next, const Voxels& tile, const Voxels& after) {
+    go_on(next, tile, blocks.size() - 1);
+    expect(next, after, 0);
+    expect_outputs(next, tile);
   }
-  void go_on(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1, size_t block) {
+  void go_on(NextTile<T>& next, const Voxels& tile, size_t block) {
     next.incoming.finish();
     rows = next_rows();
     at = block;
     for (const Part& part : blocks[at].parts) {
       if (loads(part)) continue;
       A* to = rows + (part.k0 - blocks[at].k0) * ld;
-      load_tile<T>(part.map, part.patches, n, v0, v1, part.c0, part.c1, to, ld);
-      if (part.centred) centre_rows(p, part.k0, part.k0 + part.rows(), v1 - v0, ld, to);
+      load_tile<T>(part.map, part.patches, tile.n, tile.v0, tile.v1, part.c0, part.c1, to, ld);
+      if (part.centred) centre_rows(p, part.k0, part.k0 + part.rows(), tile.len(), ld, to);
     }
   }
-  void expect(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1, size_t block) const {
+  void expect(NextTile<T>& next, const Voxels& tile, size_t block) const {
+    const auto [n, v0, v1] = tile;
     next.incoming.begin(ld);
     for (const Part& part : blocks[block].parts)
       if (loads(part)) next.incoming.add(part, n, v0, v1, next_rows() + (part.k0 - blocks[block].k0) * ld);
@@ -315,7 +348,8 @@ struct Worker {
   }
   // Has what this tile will be written to fetched as well, where that is whole lines: channels last.
   // Measured, training steps: 0.94 to 1.0 of the time.
-  void expect_outputs(NextTile<T>& next, int64_t n, int64_t v0, int64_t v1) const {
+  void expect_outputs(NextTile<T>& next, const Voxels& tile) const {
+    const auto [n, v0, v1] = tile;
     if (p.dx && p.same_grid() && p.dx.channels_last) next.ahead.template add_output<T>(p.dx, flat, n, v0, v1);
     if (p.dg && p.dg.channels_last) next.ahead.template add_output<T>(p.dg, flat, n, v0, v1);
     next.ahead.over(looks_aside());
@@ -368,6 +402,16 @@ struct Worker {
       aside.step();
     }
     copy<A, NV>(sums, acc);
+  }
+
+  // out = or += the first `rows` rows of W^T, theta's or phi's, times ds.
+  template <class Aside>
+  void multiply_back_by_units(Aside& aside, bool of_x, int64_t rows, const A* ds, int64_t len, bool add,
+                              A* out) const {
+    if constexpr (std::is_same_v<A, float>)
+      units->multiply(
+          packed_back_for_units(packed, p.inter, of_x ? 0 : packed.rows_x), parts_w, rows, ds, kPartsOfSums,
+          p.inter, len, ld, add, out, [](void* context) { static_cast<Aside*>(context)->step(); }, &aside);
   }
 
   // sums = or += W's columns times this block's rows.
@@ -425,7 +469,7 @@ struct Worker {
   template <int NV, class Aside>
   inline __attribute__((always_inline)) void add_block(int64_t i, int64_t v, Vec<A> (&acc)[kRows][NV],
                                                        Aside& aside) const {
-    if (units) {
+    if (units && p.project) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3

@@ -23,6 +23,12 @@ struct Map {
   ATTN_GATE_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
+// Coarse voxels [v0, v1) of sample n.
+struct Voxels {
+  int64_t n, v0, v1;
+  ATTN_GATE_INLINE int64_t len() const { return v1 - v0; }
+};
+
 // One call, forward or backward. Parameters, alpha and sums are in the accumulation type A: float, or double
 // for float64 maps. The pre-activation s[I, R] is the sum of what is present:
 //   bias + theta_weight * patches(x) + phi_weight * g          (the projections; x_projected says so)
@@ -127,6 +133,7 @@ struct Layout {
   int64_t depth = 0;  // rows of the product's depth that forward goes through at a time, about
   const MatrixUnits* units = nullptr;  // what makes forward's product, or null: the vectors
   int64_t forward_elements = 0;        // of `packed`, the weights that forward multiplies with
+  int64_t backward_columns = 0;        // what a row of those takes that backward multiplies with
   int64_t packed_elements = 0;         // of `packed`
   int64_t pack_units = 0;              // independent pieces of the packing
   // A group's sums: theta's weight gradient [I, C * taps] in panels of panel_x columns, [panels][weight_rows]
@@ -153,9 +160,8 @@ struct Kernels {
   void (*apply)(const Problem&, int64_t n, int64_t r0, int64_t r1);
   // Fine rows: dfine = sum_c dy * x, dx = dy * resize(alpha).
   void (*apply_backward)(const Problem&, int64_t n, int64_t r0, int64_t r1);
-  // Coarse voxels [v0, v1) of sample n; parameter gradients are added to the sums of `group`, or begin them.
-  void (*backward)(const Problem&, const Layout&, int64_t group, bool begin, int64_t n, int64_t v0,
-                   int64_t v1);
+  // The tiles of groups [begin, end) of `groups`, with the sums of each.
+  void (*backward)(const Problem&, const Layout&, int64_t groups, int64_t begin, int64_t end);
   // Coarse voxels: dalpha_out = resize^T(dfine).
   void (*gather_dalpha)(const Problem&, int64_t n, int64_t v0, int64_t v1);
   // Rows of the gating grid: dphi = resize^T(dtheta), all channels.

@@ -157,15 +157,7 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
                     [&](int64_t n, int64_t r0, int64_t r1) { k.apply_backward(p, n, r0, r1); });
       rows_done = std::max(rows_done, need);
     }
-    parallel(begin, end, [&](int64_t b, int64_t e) {
-      for (int64_t g = b; g < e; ++g) {
-        bool first = true;
-        pieces.for_runs(tiles * g / groups, tiles * (g + 1) / groups, [&](int64_t n, int64_t v0, int64_t v1) {
-          k.backward(p, layout, g, first, n, v0, v1);
-          first = false;
-        });
-      }
-    });
+    parallel(begin, end, [&](int64_t b, int64_t e) { k.backward(p, layout, groups, b, e); });
   }
   if (p.weight_grads)
     parallel(0, layout.weight_panels, [&](int64_t b, int64_t e) { k.weights(p, layout, b, e); });

@@ -64,10 +64,12 @@ inline Vec<A> load_as(const T* p) {
     Halves bits;
     std::memcpy(&bits, p, sizeof bits);
     return (Vec<A>)(__builtin_convertvector(bits, Words) << 16);
-  } else {
-    A lanes[kLanes<A>];
-    convert_row(p, lanes, kLanes<A>);
-    return load(static_cast<const A*>(lanes));
+  } else {  // as to_acc(f16)
+    Halves bits;
+    std::memcpy(&bits, p, sizeof bits);
+    const Words u = __builtin_convertvector(bits, Words), magnitude = (u & 0x7fff) << 13;
+    const Words scaled = (Words)((Vec<A>)magnitude * as_float(0x77800000));
+    return (Vec<A>)((magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : scaled) | (u & 0x8000) << 16);
   }
 }
 template <class T, class A>
@@ -77,20 +79,32 @@ inline auto rounded_to(Vec<A> v) {
   } else if constexpr (std::is_same_v<T, bf16>) {  // as from_acc<bf16>
     const Words u = (Words)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     return __builtin_convertvector(v != v ? Words{} + 0x7fc0 : rounded, Halves);
-  } else {
-    A lanes[kLanes<A>];
-    T rounded[kLanes<A>];
-    store(lanes, v);
-    convert_row_back(static_cast<const A*>(lanes), rounded, kLanes<A>);
-    Halves bits;
-    std::memcpy(&bits, rounded, sizeof bits);
-    return bits;
+  } else {  // as from_acc<f16>
+    const Words u = (Words)v, magnitude = u & 0x7fffffff;
+    const Words normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13,
+                subnormal = (Words)((Vec<A>)magnitude + 0.5f) - 0x3f000000;
+    Words bits = magnitude < 0x38800000 ? subnormal : normal;
+    bits = magnitude >= 0x477ff000 ? Words{} + 0x7c00 : bits;
+    bits = magnitude > 0x7f800000 ? Words{} + 0x7e00 : bits;
+    return __builtin_convertvector(bits | ((u >> 16) & 0x8000), Halves);
   }
 }
 template <class A, class T>
 inline void store_as(T* p, Vec<A> v) {
   const auto bits = rounded_to<T, A>(v);
   std::memcpy(p, &bits, sizeof bits);
+}
+template <class T, class A>
+inline void convert_row(const T* src, A* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) store(dst + i, load_as<A>(src + i));
+  for (; i < n; ++i) dst[i] = to_acc(src[i]);
+}
+template <class T, class A>
+inline void convert_row_back(const A* src, T* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) store_as<A>(dst + i, load(src + i));
+  for (; i < n; ++i) dst[i] = from_acc<T>(src[i]);
 }
 
 // A store past the caches, on whole vectors' boundaries: its line isn't read first, and takes no other's
