@@ -30,8 +30,8 @@ def bare(channels: int, size: int = 8, **options):
     [
         (512, "channels_last", "chain"),
         (256, "channels_last", "whole"),
-        (256, "contiguous_format", "chain"),
-        (64, "contiguous_format", "whole"),
+        (256, "contiguous_format", "whole"),
+        (512, "contiguous_format", "chain"),
     ],
 )
 def test_they_take_large_projections(channels, layout, plan, monkeypatch):
@@ -48,6 +48,16 @@ def test_they_take_large_projections(channels, layout, plan, monkeypatch):
     gate.recompute = "auto"
     monkeypatch.setattr(matrix_units, "AVAILABLE", False)
     assert gate.fusion(x, x).plan == "whole"
+
+
+def test_they_take_more_where_ours_were_built_without(monkeypatch):
+    gate, x = bare(256)
+    gate.bfloat16()
+    assert gate.fusion(x, x).plan == "whole"
+    monkeypatch.setattr(matrix_units, "OURS", False)
+    assert gate.fusion(x, x).plan == "chain"
+    gate, x = bare(64)
+    assert gate.bfloat16().fusion(x, x).plan == "whole"
 
 
 @pytest.mark.parametrize("norms", [False, True])

@@ -1,9 +1,16 @@
 // Backward. Bytes that must move on one grid: x, g and dy read once, dx and dg written once.
 //
-//   d_alpha = resize^T(sum_c dy * x)         d_logit = d_alpha * alpha * (1 - alpha)
-//   ds      = d_logit * psi * activation'(s) with s recomputed tile by tile (or read, where forward stored
-//   it) dx      = dy * resize(alpha) + W_theta^T ds      dg = W_phi^T ds      dW = ds [x; g]^T dbias   = sum
-//   ds      dpsi = sum d_logit * q      db = sum d_logit
+//   d_alpha = resize^T(sum_c dy * x)
+//   d_logit = d_alpha * alpha * (1 - alpha)
+//   ds      = d_logit * psi * activation'(s)
+//   dx      = dy * resize(alpha) + W_theta^T ds
+//   dg      = W_phi^T ds
+//   dW      = ds [x; g]^T
+//   dbias   = sum ds
+//   dpsi    = sum d_logit * q
+//   db      = sum d_logit
+//
+// s is recomputed tile by tile, or read where forward stored it.
 //
 // Parameter gradients are summed per group of tiles; the groups depend on the problem alone, never on the
 // number of threads, and are added in order: the same bits from run to run.

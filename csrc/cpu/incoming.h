@@ -110,10 +110,13 @@ class Incoming {
     const Source& source = sources_[fetched_.part];
     const int64_t* at = at_[fetched_.part];
     const T* from = take(fetched_);
-    for (int64_t j = 0; j * kLanes<A> < source.len; ++j) {
-      __builtin_prefetch(from + at[j], 0, 3);
-      if (source.pairs) __builtin_prefetch(from + at[j] + kLanes<A>, 0, 3);
+    constexpr int64_t line = 64 / sizeof(T);
+    if (!source.pairs) {
+      for (int64_t i = 0; i < source.len; i += line) __builtin_prefetch(from + at[0] + i, 0, 3);
+      return;
     }
+    for (int64_t j = 0; j * kLanes<A> < source.len; ++j)
+      for (int64_t i = 0; i < 2 * kLanes<A>; i += line) __builtin_prefetch(from + at[j] + i, 0, 3);
   }
   inline __attribute__((always_inline)) void copy() {
     Source& source = sources_[copied_.part];

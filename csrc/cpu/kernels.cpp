@@ -57,7 +57,11 @@ Layout layout(const Problem& p, bool backward) {
   if constexpr (kBlock<A> == MatrixUnits::kRows) {
     if (backward ? units_pay_back(p) : by_panels && units_pay(p)) l.units = matrix_units();
     if (l.units && backward) {
-      l.tile = round_up(l.tile, 2 * panel);  // whole steps of the weight gradient's depth, which voxels are
+      // Whole steps of the weight gradient's depth, which voxels are. Measured: an input of 96 KiB took 0.75
+      // to 0.9 of the time of long tiles at depths of 128 to 768, which at 64 took 0.7 of that of short ones.
+      const int64_t wanted = 24576 / p.depth() / (2 * panel) * (2 * panel);
+      const int64_t least = p.taps() > 1 && sizeof(T) == 2 ? 192 : 96;
+      l.tile = smaller(round_up(l.tile, 2 * panel), wanted < least ? least : wanted);
       l.forward_elements = elements_for_units(p, inter, l.depth);
       l.backward_columns = columns_back_for_units(p.inter);
     } else if (l.units) {

@@ -87,30 +87,34 @@ inline void load_strided(const T* src, int64_t stride, A* dst, int64_t n) {
 }
 
 // even[i] = src[2 * i], odd[i] = src[2 * i + 1]
-template <class A>
-inline void split_pairs(const A* src, A* even, A* odd, int64_t n) {
+template <class T, class A>
+inline void split_pairs(const T* src, A* even, A* odd, int64_t n) {
   int64_t i = 0;
   for (; i + kLanes<A> <= n; i += kLanes<A>) {
-    Vec<A> a = load(src + 2 * i), b = load(src + 2 * i + kLanes<A>);
+    Vec<A> a = load_as<A>(src + 2 * i), b = load_as<A>(src + 2 * i + kLanes<A>);
     split(a, b);
     store(even + i, a);
     store(odd + i, b);
   }
-  for (; i < n; ++i) even[i] = src[2 * i], odd[i] = src[2 * i + 1];
+  for (; i < n; ++i) even[i] = to_acc(src[2 * i]), odd[i] = to_acc(src[2 * i + 1]);
 }
 // dst[2 * i] += even[i], dst[2 * i + 1] += odd[i]
-template <class A, size_t... L>
-inline void add_pairs(const A* even, const A* odd, A* dst, int64_t n, std::index_sequence<L...>) {
+template <class T, class A, size_t... L>
+inline void add_pairs(const A* even, const A* odd, T* dst, int64_t n, std::index_sequence<L...>) {
   constexpr int half = kLanes<A> / 2;
   int64_t i = 0;
   for (; i + kLanes<A> <= n; i += kLanes<A>) {
     const Vec<A> a = load(even + i), b = load(odd + i);
-    A* to = dst + 2 * i;
-    store(to, load(to) + __builtin_shufflevector(a, b, int(L / 2 + (L & 1) * kLanes<A>)...));
+    T* to = dst + 2 * i;
+    store_as<A>(to, load_as<A>(to) + __builtin_shufflevector(a, b, int(L / 2 + (L & 1) * kLanes<A>)...));
     to += kLanes<A>;
-    store(to, load(to) + __builtin_shufflevector(a, b, int(half + L / 2 + (L & 1) * kLanes<A>)...));
+    store_as<A>(to,
+                load_as<A>(to) + __builtin_shufflevector(a, b, int(half + L / 2 + (L & 1) * kLanes<A>)...));
   }
-  for (; i < n; ++i) dst[2 * i] += even[i], dst[2 * i + 1] += odd[i];
+  for (; i < n; ++i) {
+    dst[2 * i] = from_acc<T>(to_acc(dst[2 * i]) + even[i]);
+    dst[2 * i + 1] = from_acc<T>(to_acc(dst[2 * i + 1]) + odd[i]);
+  }
 }
 
 // rows[((c - c0) * taps + tap) * ld + i] = map[c, patch of voxel v0 + i, tap] for the channels c0 <= c < c1;
@@ -124,18 +128,16 @@ void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1
   if (padded > len)
     for (int64_t r = 0; r < count * taps; ++r)
       for (int64_t i = len; i < padded; ++i) rows[r * ld + i] = A(0);
-  if constexpr (std::is_same_v<T, A>) {
-    if (!m.channels_last && p.kernel.w == 2 && p.stride.w == 2) {
-      for (int64_t c = 0; c < count; ++c)
-        for_row_pieces(p, v0, v1, [&](int64_t first, int64_t some, int64_t offset) {
-          for_taps(p, [&](int64_t tap, int64_t step) {
-            if (tap % 2) return;
-            A* even = rows + (c * taps + tap) * ld + first;
-            split_pairs(base + c * voxels + offset + step, even, even + ld, some);
-          });
+  if (!m.channels_last && p.kernel.w == 2 && p.stride.w == 2) {
+    for (int64_t c = 0; c < count; ++c)
+      for_row_pieces(p, v0, v1, [&](int64_t first, int64_t some, int64_t offset) {
+        for_taps(p, [&](int64_t tap, int64_t step) {
+          if (tap % 2) return;
+          A* even = rows + (c * taps + tap) * ld + first;
+          split_pairs(base + c * voxels + offset + step, even, even + ld, some);
         });
-      return;
-    }
+      });
+    return;
   }
   if (!m.channels_last) {
     for (int64_t c = 0; c < count; ++c)
@@ -195,7 +197,7 @@ void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v
                 int64_t ld) {
   const int64_t taps = p.kernel.voxels(), voxels = m.grid.voxels();
   T* base = sample_of<T>(m, n);
-  if constexpr (std::is_same_v<T, A> && Add) {
+  if constexpr (Add) {
     if (!m.channels_last && p.kernel.w == 2 && p.stride.w == 2) {
       for (int64_t c = 0; c < m.channels; ++c)
         for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
