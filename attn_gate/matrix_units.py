@@ -1,7 +1,7 @@
 """CPUs with units for products of bfloat16 matrices (Intel's AMX): what is left to PyTorch there.
 
-Our kernels use them as PyTorch's bfloat16 convolutions do, but make theta and phi anew for the backward pass. So
-a step with large projections makes them there, stored, and what follows is fused.
+Our kernels use them as PyTorch's bfloat16 convolutions do, but make theta and phi anew for the backward pass.
+So a step with large projections makes them there, stored, and what follows is fused.
 """
 
 from __future__ import annotations

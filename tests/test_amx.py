@@ -151,3 +151,73 @@ def test_mended_whatever_the_gate(case, layout, dtype, value):
         found = functional.attention_logits(**call, **case.options("attention_logits"))
         expected = reference.attention_logits(**call, **case.options("attention_logits"))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+# Weight gradients that are summed in each tile, or in a pass of their own; depths, inter channels and voxels
+# that are no whole steps.
+STEPS = [
+    GateCase("one tile", (9, 13), (9, 13), channels=45, gating=50, inter=33, activation="gelu"),
+    GateCase("tiles", (31, 29), (31, 29), channels=70, gating=75, inter=70, activation="gelu"),
+    GateCase("sums apart", (9, 13), (9, 13), channels=250, gating=260, inter=200, activation="gelu"),
+    GateCase(
+        "patches", (26, 34), (13, 17), channels=40, gating=50, inter=33, kernel=2, stride=2, activation="gelu"
+    ),
+    GateCase("phi resized", (14, 26), (7, 13), channels=70, gating=50, inter=40, activation="gelu"),
+]
+
+
+def step(module, case, tensors, dtype=None):
+    """Gradients of all inputs but psi_bias, for which there is no product."""
+    leaves = {
+        name: (t if dtype is None else t.to(dtype)).detach().requires_grad_()
+        for name, t in tensors.items()
+        if t is not None
+    }
+    options = {"recompute": True} if module is functional else {}  # a stored s would be rounded
+    outputs = module.attention_gate(**leaves, **case.options("attention_gate"), **options)
+    torch.manual_seed(1)
+    slopes = [torch.randn(y.shape).bfloat16().to(y.dtype) for y in outputs]
+    del leaves["psi_bias"]
+    found = torch.autograd.grad(outputs, list(leaves.values()), slopes)
+    return dict(zip(leaves, found, strict=True))
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradients_as_exact_as_float32(case, layout):
+    tensors = case.inputs("attention_gate", torch.float32, layout)
+    exact = step(reference, case, tensors, torch.float64)
+    found, eager = (step(module, case, tensors) for module in (functional, reference))
+    for name, true in exact.items():
+        error, allowed = ((way[name] - true).norm() for way in (found, eager))
+        assert 0 < error <= 2 * allowed, name
+
+
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_of_bfloat16_maps(case, weights):
+    """Parameters' gradients lose what two bfloat16 can't hold, maps' their own rounding."""
+    tensors = case.inputs("attention_gate", torch.bfloat16, "contiguous")
+    for name in ("theta_weight", "phi_weight"):
+        tensors[name] = tensors[name].to(weights).float()
+    exact = step(reference, case, tensors, torch.float64)
+    for name, found in step(functional, case, tensors).items():
+        error = ((found - exact[name]).norm() / exact[name].norm()).item()
+        # phi on a grid of its own is a bfloat16 map, and so is its gradient
+        rounded = found.dtype == torch.bfloat16 or case.name == "phi resized"
+        assert error <= (4e-3 if rounded else 4e-5), (name, error)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e37])
+@pytest.mark.parametrize("name", ["x", "g", "theta_weight", "phi_weight"])
+@pytest.mark.parametrize("case", STEPS[1:3], ids=lambda case: case.name)
+def test_gradients_are_not_finite_where_they_are_not_in_eager(case, name, value):
+    tensors = case.inputs("attention_gate", torch.float32, "contiguous")
+    tensors[name] = spoilt = tensors[name].clone()
+    spoilt.view(-1)[spoilt.numel() // 2 + 3] = value
+    found, expected = (step(module, case, tensors) for module in (functional, reference))
+    for key, true in expected.items():
+        finite = true.isfinite()
+        assert torch.equal(found[key].isfinite(), finite), key
+        scale = true[finite].abs().max().item() if finite.any() else 1
+        torch.testing.assert_close(found[key][finite], true[finite], rtol=1e-3, atol=1e-4 * scale)
