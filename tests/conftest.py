@@ -7,6 +7,13 @@ import torch
 
 from attn_gate import patch
 
+# Whose longest tests take a minute: begun last, one of them would keep one core busy while the others wait.
+FIRST = ("test_cuda_sanitizers.py", "test_cuda_table.py", "test_packaging.py", "test_triton.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_seed():

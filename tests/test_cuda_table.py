@@ -22,6 +22,7 @@ def written():
     return {tuple(word for word in row if not re.match(r"[\d-]", word)): row for row in rows}
 
 
+@pytest.mark.slow
 def test_traffic(written):
     """At most 1.10 times what must move forward, and 1.15 backward, in each kernel and layout."""
     # A process of its own: in this one the kernels may be registered already, without the tracer.
