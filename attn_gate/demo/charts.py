@@ -14,6 +14,7 @@ from attn_gate.page.theme import Theme
 
 SIZE = (4.1, 3.0)
 SMOOTHING = 15
+_TIGHT = {"fontsize": 8, "columnspacing": 1.2, "handletextpad": 0.5}  # a legend of several columns
 
 
 def loss_curves(results: Results, theme: Theme) -> Figure:
@@ -38,7 +39,7 @@ def dice_curves(results: Results, theme: Theme) -> Figure:
             axes.lines[-1].set_label(f"{run.name}: {run.dice[max(run.dice)].pooled:.3f}")
     axes.set_ylim(0, 1)
     axes.set_xlim(left=0)
-    axes.legend(loc="lower right", title="final", alignment="left", title_fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=3, title="final", title_fontsize=8.5, **_TIGHT)
     return figure
 
 
@@ -77,7 +78,7 @@ def locked_error(results: Results, theme: Theme) -> Figure:
             color=getattr(theme, program),
             label=f"gradient, {program} to float64",
         )
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, columnspacing=1.2, handletextpad=0.5)
+    figure.legend(loc="outside lower center", ncols=2, **_TIGHT)
     return figure
 
 
