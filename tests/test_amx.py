@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
-from attn_gate import functional, reference
+from attn_gate import AttentionGate, functional, reference
 from attn_gate._library import cpu_isa, ops
 from attn_gate.cases import GateCase, channels_last
 
@@ -221,3 +224,26 @@ def test_gradients_are_not_finite_where_they_are_not_in_eager(case, name, value)
         assert torch.equal(found[key].isfinite(), finite), key
         scale = true[finite].abs().max().item() if finite.any() else 1
         torch.testing.assert_close(found[key][finite], true[finite], rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [70, 250], ids=["summed in tiles", "sums apart"])
+def test_gradients_behind_batch_norms(channels, layout):
+    """theta and phi are made apart there, and have gradients of their own."""
+    gate = AttentionGate(channels, channels + 5, 45, preset="same_grid", psi_norm="none", recompute=True)
+    gate.spec = dataclasses.replace(gate.spec, activation="gelu")
+    x, g, slope = (torch.randn(2, c, 15, 17) + 3 for c in (channels, channels + 5, channels))
+    if layout == "channels_last":
+        x, g, slope = (channels_last(t) for t in (x, g, slope))
+    assert gate.fusion(x, g).plan == "whole_moments"
+
+    def gradients(gate, dtype):
+        gate, inputs = copy.deepcopy(gate).to(dtype), [t.to(dtype).requires_grad_() for t in (x, g)]
+        parameters = [p for name, p in gate.named_parameters() if "weight" in name]
+        return torch.autograd.grad(gate(*inputs), [*inputs, *parameters], slope.to(dtype))
+
+    found = gradients(gate, torch.float32)
+    gate.backend = "eager"
+    exact, eager = (gradients(gate, dtype) for dtype in (torch.float64, torch.float32))
+    for ours, theirs, true in zip(found, eager, exact, strict=True):
+        assert (ours - true).norm() <= 3 * (theirs - true).norm() + 1e-6 * true.norm()

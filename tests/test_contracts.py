@@ -539,7 +539,7 @@ BAD = [
         "backend",
         "gpu",
         ValueError,
-        "must be one of 'auto', 'cpu', 'cuda', 'triton', 'eager'.*; got 'gpu'",  # and what tests have registered
+        "must be one of 'auto', 'cpu', 'cuda', 'triton', 'eager'.*; got 'gpu'",  # and what tests register
     ),
     ("gate", "backend", None, ValueError, "got None"),
     ("gate", "backend", "cuda", ValueError, "is 'cuda', which can't be used: .*CUDA|is on cpu"),

@@ -189,24 +189,22 @@ void add_weights(const Problem& p, const A* ds_t, int64_t ld, const A* panel, in
   });
 }
 
-// sums[r][i] (+)= sum over the tile's voxels of rows_r * ds_i, by matrix units: of all rows of the input,
-// some at a time, which the units take as they take weights.
+// sums[r][i] (+)= sum over the tile's voxels of rows_r * ds_i, by matrix units: of rows [k0, k1) of the
+// input, some at a time, which the units take as they take weights.
 template <class T, class Aside>
-void add_weights_by_units(const Worker<T>& work, Aside& aside, const float* ds_t, int64_t len, bool first,
-                          uint16_t* packed, float* sums) {
-  const int64_t ld = work.ld, Ip = work.packed.inter, K = work.p.depth(),
-                padded = round_up(len, MatrixUnits::kDepth);
-  const int parts = work.parts_x == 2 ? 3 : work.parts_x;
-  for (int64_t k = 0; k < K; k += kRowsPacked) {
-    const int64_t some = smaller(kRowsPacked, K - k);
+void add_weights_by_units(const Worker<T>& work, Aside& aside, int64_t k0, int64_t k1, const float* ds_t,
+                          int64_t len, bool first, uint16_t* packed, float* sums) {
+  const int64_t ld = work.ld, Ip = work.packed.inter, padded = round_up(len, MatrixUnits::kDepth);
+  for (int64_t k = k0; k < k1; k += kRowsPacked) {
+    const int64_t some = smaller(kRowsPacked, k1 - k);
     for (int64_t r = 0; r < some; ++r) {
       float* row = work.rows + (k + r) * ld;
       for (int64_t i = round_up(len, kLanes<float>); i < padded; ++i) row[i] = 0;
-      work.units->pack(row, r % MatrixUnits::kRows, padded, parts,
+      work.units->pack(row, r % MatrixUnits::kRows, padded, work.parts_x,
                        packed + r / MatrixUnits::kRows * MatrixUnits::kRows * 3 * padded);
     }
     work.units->multiply(
-        packed, parts, some, ds_t, work.kPartsOfSums, len, Ip, Ip, !first, sums + k * Ip,
+        packed, work.parts_x, some, ds_t, work.kPartsOfSums, len, Ip, Ip, !first, sums + (k - k0) * Ip,
         [](void* context) { static_cast<Aside*>(context)->step(); }, &aside);
   }
 }
@@ -286,7 +284,9 @@ void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int
     work.turn_to(next, tile, t + 1 < last ? tiles[t + 1] : Voxels{n, end, end});
     if (x_in_tile) x_rows = work.rows;
     work.load_given(n, v, end);
-    if (by_units && p.project) {
+    if (by_units && p.project && p.norms) {
+      work.multiply_apart_by_units(next, len);
+    } else if (by_units && p.project) {
       work.multiply_by_units(next, len);
       for (int64_t i = 0; i < len; i += kLanes<A>)
         work.mend(n, v + i, smaller(v + i + kLanes<A>, end), work.sums + i);
@@ -380,9 +380,14 @@ void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int
     }
     if constexpr (std::is_same_v<A, float>)
       if (sums_by_units) {
-        transpose(static_cast<const A*>(ds), ld, Ip, len, static_cast<A*>(own_ds_t), Ip);
-        add_weights_by_units(work, next, static_cast<const A*>(own_ds_t), len, first,
-                             static_cast<uint16_t*>(packed_rows), sums);
+        const auto add = [&](const float* rows, int64_t k0, int64_t k1, int64_t column) {
+          if (turned != rows) transpose(rows, ld, Ip, len, static_cast<float*>(own_ds_t), Ip);
+          turned = rows;
+          add_weights_by_units(work, next, k0, k1, static_cast<const float*>(own_ds_t), len, first,
+                               static_cast<uint16_t*>(packed_rows), sums + column * Ip);
+        };
+        add(ds, 0, p.rows_x(), 0);
+        add(ds_g, p.rows_x(), K, layout.columns_x);
       }
     for_weight_panels(p, layout, 0, weights && !apart && !by_units ? panels : 0, [&](const Panel& u) {
       const A* rows = u.of_x ? static_cast<const A*>(ds) : ds_g;

@@ -48,8 +48,16 @@ void normed_rows(const Worker<T>& work, int64_t len, const A* dlogit, A* ds, A* 
           phi[r][j] = work.has_given ? load(work.given + (i + r) * ld + at + j * kLanes<A>)
                                      : splat(norms.shift_g[i + r]);
         }
-      for (const Part& part : work.blocks[0].parts)
-        work.template product<NV>(i, at, part.k0, part.rows(), part.of_x ? theta : phi, next);
+      for (const Part& part : work.blocks[0].parts) {
+        Vec<A>(&to)[kRows][NV] = part.of_x ? theta : phi;
+        if (work.units) {
+          const A* sums = work.sums + ((part.of_x ? 0 : work.packed.inter) + i) * ld + at;
+          for (int r = 0; r < kRows; ++r)
+            for (int j = 0; j < NV; ++j) to[r][j] += load(sums + r * ld + j * kLanes<A>);
+        } else {
+          work.template product<NV>(i, at, part.k0, part.rows(), to, next);
+        }
+      }
       for (int r = 0; r < kRows; ++r) {
         const int64_t row = i + r;
         Vec<A> sums[4] = {};

@@ -80,11 +80,17 @@ void pack_rows(const A* rows, int64_t depth, int64_t count, A* to, int64_t pitch
 inline uint16_t* packed_for_units(void* packed, int64_t inter, const Block& block, int64_t i) {
   return static_cast<uint16_t*>(packed) + 3 * (block.at * inter + i * block.padded());
 }
+// The blocks that they multiply with: those of the input, or where batch norms come between, theta's and
+// phi's.
+inline std::vector<Block> blocks_for_units(const Problem& p, const Patches& patches, const Patches& flat,
+                                           int64_t most) {
+  return blocks_of(p, patches, flat, p.norms ? larger(p.rows_x(), p.rows_g()) : most);
+}
 // What all of W takes so, in elements of float32, of which each holds two bfloat16.
 inline int64_t elements_for_units(const Problem& p, int64_t inter, int64_t most) {
   const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
                 flat = same_grid_patches(p.coarse);
-  const Block last = blocks_of(p, patches, flat, most).back();
+  const Block last = blocks_for_units(p, patches, flat, most).back();
   return 3 * (last.at + last.padded()) * inter / 2;
 }
 // Packs rows [i0, i0 + kRows) of W for matrix units.
@@ -92,7 +98,7 @@ inline void pack_for_units(const Problem& p, const Layout& layout, const Packed<
   bool narrow = true;
   const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
                 flat = same_grid_patches(p.coarse);
-  for (const Block& block : blocks_of(p, patches, flat, layout.depth)) {
+  for (const Block& block : blocks_for_units(p, patches, flat, layout.depth)) {
     const int64_t depth = block.padded();
     Buffer<float> row(depth);
     std::memset(row, 0, size_t(depth) * sizeof(float));
@@ -217,9 +223,11 @@ struct Worker {
   const int parts_w, parts_x;  // bfloat16 that a weight, and a value of the input, is the sum of
   // The same of ds, whose products are rounded to T, or summed with others of such maps.
   static constexpr int kPartsOfSums = std::is_same_v<T, bf16> ? 2 : 3;
-  A* rows;          // this block's of them
-  size_t at = 0;    // which block that is
-  Buffer<A> sums;   // [I][ld], of the blocks before, where there are several; of all for matrix units
+  A* rows;        // this block's of them
+  size_t at = 0;  // which block that is
+  // [I][ld], of the blocks before, where there are several; of all for matrix units, and behind batch norms
+  // phi's after theta's
+  Buffer<A> sums;
   Buffer<A> given;  // [I][ld]
   std::optional<Resizer<A>> phi;
 
@@ -237,7 +245,9 @@ struct Worker {
                 : std::is_same_v<T, bf16> ? 1
                 : std::is_same_v<T, f16>  ? 2
                                           : 3),
-        rows(input), sums(units || blocks.size() > 1 ? packed.inter * ld : 0),
+        rows(input), sums(units && p.norms             ? 2 * packed.inter * ld
+                          : units || blocks.size() > 1 ? packed.inter * ld
+                                                       : 0),
         given((has_given || p_.preact) ? packed.inter * ld : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
     if (units) units->acquire();
@@ -275,10 +285,18 @@ struct Worker {
   // How often the products of a whole tile with this block look aside.
   int64_t looks_aside() const {
     if (units) {
-      int64_t looks = p.project ? MatrixUnits::asides_of(packed.inter, blocks[at].rows, ld) : 0;
+      int64_t looks = 0;
+      if (p.project && p.norms) {
+        looks += MatrixUnits::asides_of(packed.inter, p.rows_x(), ld) +
+                 MatrixUnits::asides_of(packed.inter, p.rows_g(), ld);
+      } else if (p.project) {
+        looks += MatrixUnits::asides_of(packed.inter, blocks[at].rows, ld);
+      }
       if (p.dx && p.uses_x()) looks += MatrixUnits::asides_of(p.rows_x(), p.inter, ld);
       if (p.dg) looks += MatrixUnits::asides_of(p.rows_g(), p.inter, ld);
-      if (sums_weights) looks += MatrixUnits::asides_of(p.depth(), ld, packed.inter);
+      if (sums_weights)
+        looks += MatrixUnits::asides_of(p.rows_x(), ld, packed.inter) +
+                 MatrixUnits::asides_of(p.rows_g(), ld, packed.inter);
       return looks;
     }
     const int64_t panels = (ld + kCols * kLanes<A> - 1) / (kCols * kLanes<A>),
@@ -417,13 +435,22 @@ struct Worker {
   // sums = or += W's columns times this block's rows.
   template <class Aside>
   void multiply_by_units(Aside& aside, int64_t len) const {
-    if constexpr (std::is_same_v<A, float>) {
-      const Block& block = blocks[at];
+    multiply_block_by_units(aside, blocks[at], rows, len, at > 0, sums);
+  }
+  // The same of theta and phi apart.
+  template <class Aside>
+  void multiply_apart_by_units(Aside& aside, int64_t len) const {
+    for (const Block& block : blocks_for_units(p, patches, flat, depth))
+      multiply_block_by_units(aside, block, rows + block.k0 * ld, len, false,
+                              sums + (block.parts[0].of_x ? 0 : packed.inter * ld));
+  }
+  template <class Aside>
+  void multiply_block_by_units(Aside& aside, const Block& block, const A* input_rows, int64_t len, bool add,
+                               A* to) const {
+    if constexpr (std::is_same_v<A, float>)
       units->multiply(
-          packed_for_units(p.packed, packed.inter, block, 0), parts_w, packed.inter, rows, parts_x,
-          block.rows, len, ld, at > 0, sums, [](void* context) { static_cast<Aside*>(context)->step(); },
-          &aside);
-    }
+          packed_for_units(p.packed, packed.inter, block, 0), parts_w, packed.inter, input_rows, parts_x,
+          block.rows, len, ld, add, to, [](void* context) { static_cast<Aside*>(context)->step(); }, &aside);
   }
 
   // Makes the sums in `column`, of the voxels [v0, v1) that a vector holds, as float32 does where they are

@@ -168,6 +168,7 @@ inline A horizontal_sum(Vec<A> v) {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // exp to 2 ulp for |x| <= 87 (Cephes' polynomial), inf above 88.4; NaN stays NaN.
 inline Vec<float> exponential(Vec<float> x) {
