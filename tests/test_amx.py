@@ -227,12 +227,17 @@ def test_gradients_are_not_finite_where_they_are_not_in_eager(case, name, value)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("channels", [70, 250], ids=["summed in tiles", "sums apart"])
-def test_gradients_behind_batch_norms(channels, layout):
+@pytest.mark.parametrize(
+    ("channels", "gating", "inter", "g_size"),
+    [(70, 75, 45, (16, 18)), (250, 255, 45, (16, 18)), (24, 258, 64, (8, 9)), (24, 512, 64, (8, 9))],
+    ids=["summed in tiles", "sums apart", "g of two blocks on its own grid", "the same of whole steps"],
+)
+def test_gradients_behind_batch_norms(channels, gating, inter, g_size, layout):
     """theta and phi are made apart there, and have gradients of their own."""
-    gate = AttentionGate(channels, channels + 5, 45, preset="same_grid", psi_norm="none", recompute=True)
-    gate.spec = dataclasses.replace(gate.spec, activation="gelu")
-    x, g, slope = (torch.randn(2, c, 15, 17) + 3 for c in (channels, channels + 5, channels))
+    gate = AttentionGate(channels, gating, inter, preset="same_grid", psi_norm="none", recompute=True)
+    gate.spec = dataclasses.replace(gate.spec, activation="gelu", phi_resize="linear")
+    x, slope = (torch.randn(2, channels, 16, 18) + 3 for _ in range(2))
+    g = torch.randn(2, gating, *g_size) + 3
     if layout == "channels_last":
         x, g, slope = (channels_last(t) for t in (x, g, slope))
     assert gate.fusion(x, g).plan == "whole_moments"

@@ -146,17 +146,6 @@ void store_rows(const Worker<T>& work, const A* rows, const Map& out, const Map&
   }
 }
 
-// All tiles, counted through all samples.
-struct Tiles {
-  int64_t ld, voxels, per_sample, count;
-  Tiles(const Problem& p, int64_t ld_)
-      : ld(ld_), voxels(p.coarse.voxels()), per_sample((voxels + ld - 1) / ld), count(p.batch * per_sample) {}
-  Voxels operator[](int64_t t) const {
-    const int64_t n = t / per_sample, v = t % per_sample * ld;
-    return {n, v, smaller(v + ld, voxels)};
-  }
-};
-
 // panel[i * width + r] = rows[r * ld + i], zeros behind the last row.
 template <class A>
 void turn_panel(const A* rows, int64_t ld, int64_t count, int64_t width, int64_t len, A* panel) {
@@ -266,14 +255,13 @@ void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int
   const int64_t panels = count_weight_panels(p, layout);
   A* x_rows = own_x;
   const Tiles tiles(p, ld);
-  const auto first_of = [&](int64_t group) { return tiles.count * group / groups; };
-  const int64_t last = first_of(last_group);
+  const int64_t last = tiles.first_of(last_group, groups);
   NextTile<T> next;
-  work.begin(next, tiles[first_of(first_group)]);
+  work.begin(next, tiles[tiles.first_of(first_group, groups)]);
 
   int64_t group = first_group;
-  for (int64_t t = first_of(group); t < last; ++t) {
-    const bool first = t == first_of(group);
+  for (int64_t t = tiles.first_of(group, groups); t < last; ++t) {
+    const bool first = t == tiles.first_of(group, groups);
     if (first) {
       std::memset(lane_sums, 0, size_t(4 * Ip * kLanes<A>) * sizeof(A));
       sums = static_cast<A*>(p.partial) + layout.group_at + group * layout.partial_elements;
@@ -284,12 +272,9 @@ void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int
     work.turn_to(next, tile, t + 1 < last ? tiles[t + 1] : Voxels{n, end, end});
     if (x_in_tile) x_rows = work.rows;
     work.load_given(n, v, end);
-    if (by_units && p.project && p.norms) {
-      work.multiply_apart_by_units(next, len);
-    } else if (by_units && p.project) {
+    if (by_units && work.makes_s()) {
       work.multiply_by_units(next, len);
-      for (int64_t i = 0; i < len; i += kLanes<A>)
-        work.mend(n, v + i, smaller(v + i + kLanes<A>, end), work.sums + i);
+      work.mend_tile(tile);
     }
 
     if (p.ds) {
@@ -381,6 +366,7 @@ void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int
     if constexpr (std::is_same_v<A, float>)
       if (sums_by_units) {
         const auto add = [&](const float* rows, int64_t k0, int64_t k1, int64_t column) {
+          if (k0 == k1) return;
           if (turned != rows) transpose(rows, ld, Ip, len, static_cast<float*>(own_ds_t), Ip);
           turned = rows;
           add_weights_by_units(work, next, k0, k1, static_cast<const float*>(own_ds_t), len, first,
@@ -423,7 +409,7 @@ void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int
       }
     }
 
-    if (t + 1 < first_of(group + 1)) continue;
+    if (t + 1 < tiles.first_of(group + 1, groups)) continue;
     ++group;
     if (p.norms && !p.norm_sums) continue;
     const auto leave = [&](const A* lanes, int64_t at) {

@@ -157,7 +157,7 @@ void forward_tiles(const Problem& p, const Layout& layout, int64_t n, int64_t v0
       Vec<A> logit[NV];
       if (!sum_logits<NV>(work, at, logit, aside)) {
         for (int64_t u = at; u < smaller(at + NV * kLanes<A>, len); u += kLanes<A>)
-          work.mend(n, v + u, smaller(v + u + kLanes<A>, end), work.sums + u);
+          work.mend(n, v + u, smaller(v + u + kLanes<A>, end), true, true, work.sums + u);
         sum_logits<NV>(work, at, logit, aside);
       }
       for (int j = 0; j < NV; ++j) store(alpha + at + j * kLanes<A>, p.y ? sigmoid<A>(logit[j]) : logit[j]);

@@ -113,6 +113,7 @@ class Incoming {
     constexpr int64_t line = 64 / sizeof(T);
     if (!source.pairs) {
       for (int64_t i = 0; i < source.len; i += line) __builtin_prefetch(from + at[0] + i, 0, 3);
+      __builtin_prefetch(from + at[0] + source.len - 1, 0, 3);  // where it doesn't begin with a line
       return;
     }
     for (int64_t j = 0; j * kLanes<A> < source.len; ++j)

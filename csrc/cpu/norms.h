@@ -51,7 +51,7 @@ void normed_rows(const Worker<T>& work, int64_t len, const A* dlogit, A* ds, A* 
       for (const Part& part : work.blocks[0].parts) {
         Vec<A>(&to)[kRows][NV] = part.of_x ? theta : phi;
         if (work.units) {
-          const A* sums = work.sums + ((part.of_x ? 0 : work.packed.inter) + i) * ld + at;
+          const A* sums = (part.of_x ? static_cast<const A*>(work.sums) : work.sums_g()) + i * ld + at;
           for (int r = 0; r < kRows; ++r)
             for (int j = 0; j < NV; ++j) to[r][j] += load(sums + r * ld + j * kLanes<A>);
         } else {

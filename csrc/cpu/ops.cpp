@@ -187,6 +187,15 @@ struct Call {
     if (!wanted) return no_acc();
     Tensor out = new_acc(shape);
     const int64_t first = of_x ? 0 : layout.columns_x, panel = of_x ? layout.panel_x : layout.panel_g;
+    if (panel == 1) {  // of float32 then
+      const int64_t rows = layout.weight_rows, block = 16;
+      const float* from = static_cast<const float*>(p.partial) + first * rows;
+      float* to = static_cast<float*>(out.mutable_data_ptr());
+      for (int64_t b = 0; b < p.inter; b += block)
+        for (int64_t k = 0; k < columns; ++k)
+          for (int64_t i = b; i < std::min(b + block, p.inter); ++i) to[i * columns + k] = from[k * rows + i];
+      return out;
+    }
     for (int64_t i = 0; i < p.inter; ++i)
       for (int64_t k = 0; k < columns; k += panel)
         copy_sums(out, i * columns + k, (first + k) * layout.weight_rows + i * panel,
@@ -327,6 +336,7 @@ struct Attention : Call {
     }
     phi = new_map(g, p.inter, grid_sizes(g));
     Attention apart = only_phi();
+    apart.p.norms = nullptr;  // backward's
     apart.p.preact = apart.output(phi);
     Tensor unused = apart.new_alpha(grid_sizes(g));
     apart.forward();

@@ -23,8 +23,8 @@ struct Block {
 inline std::vector<Block> blocks_of(const Problem& p, const Patches& patches, const Patches& flat,
                                     int64_t most) {
   Block all{0, p.depth(), 0, {}};
-  if (p.uses_x()) all.parts.push_back({p.x, patches, true, p.centre_x != nullptr, 0, 0, p.x.channels});
-  if (p.g) all.parts.push_back({p.g, flat, false, p.centre_g != nullptr, p.rows_x(), 0, p.g.channels});
+  if (p.rows_x()) all.parts.push_back({p.x, patches, true, p.centre_x != nullptr, 0, 0, p.x.channels});
+  if (p.rows_g()) all.parts.push_back({p.g, flat, false, p.centre_g != nullptr, p.rows_x(), 0, p.g.channels});
   if (all.rows <= most) return {all};
   std::vector<Block> blocks;
   int64_t at = 0;
@@ -212,14 +212,15 @@ struct Worker {
   const MatrixUnits* const units;
   const int64_t ld;  // voxels a tile, the rows' length
   const Packed<A> packed;
-  const Patches patches;            // of x on the coarse grid
-  const Patches flat;               // the coarse grid on itself
-  const bool has_given;             // theta, phi or a stored s
-  const bool sums_weights;          // of their gradients, tile by tile
-  const std::vector<Block> blocks;  // at least one
-  const int64_t depth;              // rows of the largest of them
+  const Patches patches;                 // of x on the coarse grid
+  const Patches flat;                    // the coarse grid on itself
+  const bool has_given;                  // theta, phi or a stored s
+  const bool sums_weights;               // of their gradients, tile by tile
+  const std::vector<Block> blocks;       // at least one
+  const std::vector<Block> norm_blocks;  // those of matrix units, where batch norms come between
+  const int64_t depth;                   // rows of the largest of them
   const int held;   // inputs: this block's, the next one's, that of the tile before if its y is to come
-  Buffer<A> input;  // [held][depth][ld]: patches of x, then g
+  Buffer<A> input;  // [held][padded_depth()][ld]: patches of x, then g
   const int parts_w, parts_x;  // bfloat16 that a weight, and a value of the input, is the sum of
   // The same of ds, whose products are rounded to T, or summed with others of such maps.
   static constexpr int kPartsOfSums = std::is_same_v<T, bf16> ? 2 : 3;
@@ -236,10 +237,12 @@ struct Worker {
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
         has_given(p_.theta || p_.phi || (p_.preact && !p_.project)),
         sums_weights(p_.weight_grads && layout.weight_panels == 0),
-        blocks(blocks_of(p_, patches, flat, layout.depth)), depth(most_rows(blocks)),
-        held(!p.hides_memory() ? 1
-             : holds_x()       ? 3
-                               : 2),
+        blocks(blocks_of(p_, patches, flat, layout.depth)),
+        norm_blocks(units && p.norms ? blocks_for_units(p, patches, flat, layout.depth)
+                                     : std::vector<Block>()),
+        depth(most_rows(blocks)), held(!p.hides_memory() ? 1
+                                       : holds_x()       ? 3
+                                                         : 2),
         input(held * padded_depth() * ld), parts_w(units && narrow_weights() ? 1 : 3),
         parts_x(p.centre_x || p.centre_g  ? 3
                 : std::is_same_v<T, bf16> ? 1
@@ -258,6 +261,11 @@ struct Worker {
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
+  // Whether s, or theta and phi, are made of x and g in a tile: not where s is stored, or where ds is given
+  // and no norm asks for them.
+  bool makes_s() const { return p.project && !(p.ds && !p.norms); }
+  // phi's sums, behind batch norms.
+  A* sums_g() const { return sums + packed.inter * ld; }
   bool narrow_weights() const {
     for (int64_t i = 0; i < packed.inter; i += MatrixUnits::kRows)
       if (packed.wide[i / MatrixUnits::kRows] != A(0)) return false;
@@ -286,10 +294,9 @@ struct Worker {
   int64_t looks_aside() const {
     if (units) {
       int64_t looks = 0;
-      if (p.project && p.norms) {
-        looks += MatrixUnits::asides_of(packed.inter, p.rows_x(), ld) +
-                 MatrixUnits::asides_of(packed.inter, p.rows_g(), ld);
-      } else if (p.project) {
+      if (makes_s() && p.norms) {
+        for (const Block& block : norm_blocks) looks += MatrixUnits::asides_of(packed.inter, block.rows, ld);
+      } else if (makes_s()) {
         looks += MatrixUnits::asides_of(packed.inter, blocks[at].rows, ld);
       }
       if (p.dx && p.uses_x()) looks += MatrixUnits::asides_of(p.rows_x(), p.inter, ld);
@@ -432,17 +439,13 @@ struct Worker {
           p.inter, len, ld, add, out, [](void* context) { static_cast<Aside*>(context)->step(); }, &aside);
   }
 
-  // sums = or += W's columns times this block's rows.
+  // sums = or += W's columns times this block's rows; behind batch norms of theta and of phi apart.
   template <class Aside>
   void multiply_by_units(Aside& aside, int64_t len) const {
-    multiply_block_by_units(aside, blocks[at], rows, len, at > 0, sums);
-  }
-  // The same of theta and phi apart.
-  template <class Aside>
-  void multiply_apart_by_units(Aside& aside, int64_t len) const {
-    for (const Block& block : blocks_for_units(p, patches, flat, depth))
+    if (!p.norms) return multiply_block_by_units(aside, blocks[at], rows, len, at > 0, sums);
+    for (const Block& block : norm_blocks)
       multiply_block_by_units(aside, block, rows + block.k0 * ld, len, false,
-                              sums + (block.parts[0].of_x ? 0 : packed.inter * ld));
+                              block.parts[0].of_x ? static_cast<A*>(sums) : sums_g());
   }
   template <class Aside>
   void multiply_block_by_units(Aside& aside, const Block& block, const A* input_rows, int64_t len, bool add,
@@ -454,26 +457,39 @@ struct Worker {
   }
 
   // Makes the sums in `column`, of the voxels [v0, v1) that a vector holds, as float32 does where they are
-  // not finite, which matrix units may have made them.
-  void mend(int64_t n, int64_t v0, int64_t v1, A* column) const {
+  // not finite, which matrix units may have made them: sums over x's rows, over g's, or over both.
+  void mend(int64_t n, int64_t v0, int64_t v1, bool of_x, bool of_g, A* column) const {
     Vec<A> zeros = {};  // or NaN
     for (int64_t i = 0; i < p.inter; ++i) zeros += load(column + i * ld) * A(0);
     if (horizontal_sum<A>(zeros) == A(0)) return;  // it was the bias, or what was given
     Buffer<A> x(p.depth() * kLanes<A>);
     for (const Block& block : blocks)
       for (const Part& part : block.parts) {
+        if (part.of_x ? !of_x : !of_g) continue;
         A* to = x + part.k0 * kLanes<A>;
         load_tile<T>(part.map, part.patches, n, v0, v1, part.c0, part.c1, to, kLanes<A>);
         if (part.centred) centre_rows(p, part.k0, part.k0 + part.rows(), kLanes<A>, kLanes<A>, to);
       }
     for (int64_t i = 0; i < p.inter; i += kRows) {
       Vec<A> sum[kRows] = {};
-      add_products(p.theta_weight, p.rows_x(), i, x, sum);
-      add_products(p.phi_weight, p.rows_g(), i, x + p.rows_x() * kLanes<A>, sum);
+      if (of_x) add_products(p.theta_weight, p.rows_x(), i, x, sum);
+      if (of_g) add_products(p.phi_weight, p.rows_g(), i, x + p.rows_x() * kLanes<A>, sum);
       for (int r = 0; r < kRows && i + r < p.inter; ++r) {
         A* to = column + (i + r) * ld;
         store(to, zeros == A(0) ? load(to) : sum[r]);
       }
+    }
+  }
+  // The same of a whole tile.
+  void mend_tile(const Voxels& tile) const {
+    for (int64_t v = tile.v0; v < tile.v1; v += kLanes<A>) {
+      const int64_t v1 = smaller(v + kLanes<A>, tile.v1), at_v = v - tile.v0;
+      if (!p.norms) {
+        mend(tile.n, v, v1, true, true, sums + at_v);
+        continue;
+      }
+      if (p.rows_x()) mend(tile.n, v, v1, true, false, sums + at_v);
+      if (p.rows_g()) mend(tile.n, v, v1, false, true, sums_g() + at_v);
     }
   }
   // sum += rows [i, i + kRows) of weight [I, depth], times a vector's rows of the input.

@@ -102,6 +102,20 @@ struct Problem {
   }
 };
 
+// Tiles of `size` coarse voxels, counted through all samples, and groups of them.
+struct Tiles {
+  int64_t size, voxels, per_sample, count;
+  ATTN_GATE_INLINE Tiles(const Problem& p, int64_t size_)
+      : size(size_), voxels(p.coarse.voxels()), per_sample((voxels + size - 1) / size),
+        count(p.batch * per_sample) {}
+  ATTN_GATE_INLINE Voxels operator[](int64_t t) const {
+    const int64_t n = t / per_sample, v0 = t % per_sample * size, v1 = v0 + size;
+    return {n, v0, v1 < voxels ? v1 : voxels};
+  }
+  // The first tile of one of so many groups.
+  ATTN_GATE_INLINE int64_t first_of(int64_t group, int64_t groups) const { return count * group / groups; }
+};
+
 // Mean and variance of what a projection makes of x's patches, in double.
 struct Statistics {
   int64_t groups = 0;       // independent partial sums
@@ -131,7 +145,7 @@ struct Moments {
 struct Layout {
   int64_t tile = 0;   // coarse voxels a tile
   int64_t depth = 0;  // rows of the product's depth that forward goes through at a time, about
-  const MatrixUnits* units = nullptr;  // what makes forward's product, or null: the vectors
+  const MatrixUnits* units = nullptr;  // what makes the products, or null: the vectors
   int64_t forward_elements = 0;        // of `packed`, the weights that forward multiplies with
   int64_t backward_columns = 0;        // what a row of those takes that backward multiplies with
   int64_t packed_elements = 0;         // of `packed`

@@ -103,9 +103,7 @@ int64_t units_per_band(const Problem& p, int64_t units) {
 
 }  // namespace
 
-int64_t tiles_of(const Problem& p, const Layout& layout) {
-  return p.batch * Pieces(p, layout.tile).per_sample;
-}
+int64_t tiles_of(const Problem& p, const Layout& layout) { return Tiles(p, layout.tile).count; }
 
 int64_t groups_of(const Problem& p, const Layout& layout) {
   const int64_t bytes = layout.partial_elements * (p.dtype == DType::f64 ? 8 : 4);
@@ -145,14 +143,15 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
   const Kernels& k = kernels(p.dtype);
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, true, b, e); });
   const Pieces pieces(p, layout.tile);
-  const int64_t tiles = tiles_of(p, layout), all_rows = p.batch * p.fine.d * p.fine.h;
+  const Tiles tiles(p, layout.tile);
+  const int64_t all_rows = p.batch * p.fine.d * p.fine.h;
   const bool two_phases = p.dy && !p.same_grid();
   const int64_t step = two_phases ? units_per_band(p, groups) : groups;
   int64_t rows_done = 0;
   for (int64_t begin = 0; begin < groups; begin += step) {
     const int64_t end = std::min(begin + step, groups);
     if (two_phases) {
-      const int64_t need = end == groups ? all_rows : rows_needed(p, pieces, tiles * end / groups);
+      const int64_t need = end == groups ? all_rows : rows_needed(p, pieces, tiles.first_of(end, groups));
       parallel_rows(p, rows_done, need,
                     [&](int64_t n, int64_t r0, int64_t r1) { k.apply_backward(p, n, r0, r1); });
       rows_done = std::max(rows_done, need);
@@ -174,11 +173,11 @@ void run_statistics(const Problem& p, const Layout& layout, const Statistics& to
   const Kernels& k = kernels(p.dtype);
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, false, b, e); });
   const Pieces pieces(p, layout.tile);
-  const int64_t tiles = tiles_of(p, layout);
+  const Tiles tiles(p, layout.tile);
   parallel(0, to.groups, [&](int64_t b, int64_t e) {
     for (int64_t g = b; g < e; ++g) {
       bool first = true;
-      pieces.for_runs(tiles * g / to.groups, tiles * (g + 1) / to.groups,
+      pieces.for_runs(tiles.first_of(g, to.groups), tiles.first_of(g + 1, to.groups),
                       [&](int64_t n, int64_t v0, int64_t v1) {
                         k.statistics(p, layout, to, g, first, n, v0, v1);
                         first = false;

@@ -65,6 +65,7 @@ inline Vec<A> load_as(const T* p) {
     std::memcpy(&bits, p, sizeof bits);
     return (Vec<A>)(__builtin_convertvector(bits, Words) << 16);
   } else {  // as to_acc(f16)
+    static_assert(std::is_same_v<T, f16>);
     Halves bits;
     std::memcpy(&bits, p, sizeof bits);
     const Words u = __builtin_convertvector(bits, Words), magnitude = (u & 0x7fff) << 13;
@@ -80,6 +81,7 @@ inline auto rounded_to(Vec<A> v) {
     const Words u = (Words)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     return __builtin_convertvector(v != v ? Words{} + 0x7fc0 : rounded, Halves);
   } else {  // as from_acc<f16>
+    static_assert(std::is_same_v<T, f16>);
     const Words u = (Words)v, magnitude = u & 0x7fffffff;
     const Words normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13,
                 subnormal = (Words)((Vec<A>)magnitude + 0.5f) - 0x3f000000;
