@@ -193,7 +193,7 @@ def test_gradients_as_exact_as_float32(case, layout):
     found, eager = (step(module, case, tensors) for module in (functional, reference))
     for name, true in exact.items():
         error, allowed = ((way[name] - true).norm() for way in (found, eager))
-        assert 0 < error <= 2 * allowed, name
+        assert 0 < error <= 3 * allowed, name
 
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)

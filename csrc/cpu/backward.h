@@ -251,7 +251,8 @@ void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int
   // Behind batch norms ds of theta and ds of phi differ.
   A* ds_g = p.norms ? own_ds_g : ds;
   A *bias_sums = lane_sums, *psi_sums = lane_sums + Ip * kLanes<A>, *scale_sums = psi_sums + Ip * kLanes<A>;
-  A *sums = nullptr, db = 0;
+  A* sums = nullptr;
+  A db = 0;
   const int64_t panels = count_weight_panels(p, layout);
   A* x_rows = own_x;
   const Tiles tiles(p, ld);
