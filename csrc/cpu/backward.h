@@ -75,11 +75,37 @@ void project_back(const Worker<T>& work, const A* ds, bool of_x, int64_t rows, i
   });
 }
 
+// out = rows (+ dy * alpha, if there is a dy) of a tile's voxels, of a map whose voxels lie side by side as
+// in a tile. dy has been fetched.
+template <class T, class A>
+void store_rows(const Worker<T>& work, const A* rows, const Map& out, const Map& dy, const A* alpha,
+                int64_t n, int64_t v, int64_t len) {
+  const int64_t pitch = out.grid.voxels();
+  T* to = sample_of<T>(out, n) + v;
+  const T* from = dy ? sample_of<T>(dy, n) + v : nullptr;
+  const bool streams = kStreams<A, T> && work.p.streams(out);
+  for (int64_t c = 0; c < out.channels; ++c, rows += work.ld, to += pitch) {
+    const bool past = streams && begins_line(to);
+    int64_t i = 0;
+    for (; i + kLanes<A> <= len; i += kLanes<A>) {
+      Vec<A> sum = load(rows + i);
+      if (from) sum += load_as<A>(from + i) * load(alpha + i);
+      past ? stream_as<A>(to + i, sum) : store_as<A>(to + i, sum);
+    }
+    for (; i < len; ++i) to[i] = from_acc<T>(rows[i] + (from ? to_acc(from[i]) * alpha[i] : A(0)));
+    if (from) from += pitch;
+  }
+}
+
 // The same for a map whose voxels lie side by side as in a tile, straight to memory: the rows are its
 // channels, and dy * alpha, if there is a dy, is added on the way.
 template <class T, class A>
 void project_back_to(const Worker<T>& work, const A* ds, bool of_x, const Map& out, const Map& dy,
-                     const A* alpha, int64_t n, int64_t v, int64_t len) {
+                     const A* alpha, int64_t n, int64_t v, int64_t len, NextTile<T>& next) {
+  if (work.units) {
+    work.multiply_back_by_units(next, of_x, out.channels, ds, len, false, work.rows);
+    return store_rows<T>(work, work.rows, out, dy, alpha, n, v, len);
+  }
   const int64_t ld = work.ld, I = work.p.inter, pitch = out.grid.voxels(), rows = out.channels;
   T* const to = sample_of<T>(out, n) + v;
   const T* const from = dy ? sample_of<T>(dy, n) + v : nullptr;
@@ -122,28 +148,6 @@ void project_back_to(const Worker<T>& work, const A* ds, bool of_x, const Map& o
 template <class T>
 bool in_rows(const Worker<T>& work, const Map& out) {
   return !out.channels_last && work.p.taps() == 1 && out.grid == work.p.coarse;
-}
-
-// out = rows (+ dy * alpha, if there is a dy) of a tile's voxels, of a map whose voxels lie side by side as
-// in a tile. dy has been fetched.
-template <class T, class A>
-void store_rows(const Worker<T>& work, const A* rows, const Map& out, const Map& dy, const A* alpha,
-                int64_t n, int64_t v, int64_t len) {
-  const int64_t pitch = out.grid.voxels();
-  T* to = sample_of<T>(out, n) + v;
-  const T* from = dy ? sample_of<T>(dy, n) + v : nullptr;
-  const bool streams = kStreams<A, T> && work.p.streams(out);
-  for (int64_t c = 0; c < out.channels; ++c, rows += work.ld, to += pitch) {
-    const bool past = streams && begins_line(to);
-    int64_t i = 0;
-    for (; i + kLanes<A> <= len; i += kLanes<A>) {
-      Vec<A> sum = load(rows + i);
-      if (from) sum += load_as<A>(from + i) * load(alpha + i);
-      past ? stream_as<A>(to + i, sum) : store_as<A>(to + i, sum);
-    }
-    for (; i < len; ++i) to[i] = from_acc<T>(rows[i] + (from ? to_acc(from[i]) * alpha[i] : A(0)));
-    if (from) from += pitch;
-  }
 }
 
 // panel[i * width + r] = rows[r * ld + i], zeros behind the last row.
@@ -192,9 +196,8 @@ void add_weights_by_units(const Worker<T>& work, Aside& aside, int64_t k0, int64
       work.units->pack(row, r % MatrixUnits::kRows, padded, work.parts_x,
                        packed + r / MatrixUnits::kRows * MatrixUnits::kRows * 3 * padded);
     }
-    work.units->multiply(
-        packed, work.parts_x, some, ds_t, work.kPartsOfSums, len, Ip, Ip, !first, sums + (k - k0) * Ip,
-        [](void* context) { static_cast<Aside*>(context)->step(); }, &aside);
+    work.units->multiply(packed, work.parts_x, some, ds_t, work.kPartsOfSums, len, Ip, Ip, !first,
+                         sums + (k - k0) * Ip, look<Aside>, &aside);
   }
 }
 
@@ -384,21 +387,15 @@ void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int
     });
 
     // dg, then dx: the tile's input rows are free now
-    if (direct_dg && by_units) {
-      work.multiply_back_by_units(next, false, p.rows_g(), ds_g, len, false, work.rows);
-      store_rows<T, A>(work, work.rows, p.dg, Map(), nullptr, n, v, len);
-    } else if (direct_dg) {
-      project_back_to<T, A>(work, ds_g, false, p.dg, Map(), nullptr, n, v, len);
+    if (direct_dg) {
+      project_back_to<T, A>(work, ds_g, false, p.dg, Map(), nullptr, n, v, len, next);
     } else if (p.dg) {
       A* out = work.rows;
       project_back<false>(work, static_cast<const A*>(ds_g), false, p.rows_g(), len, out, next);
       store_tile<false, T>(p.dg, work.flat, n, v, end, static_cast<const A*>(out), ld);
     }
-    if (direct_dx && by_units) {
-      work.multiply_back_by_units(next, true, C, ds, len, false, work.rows);
-      store_rows<T, A>(work, work.rows, p.dx, p.dy, alpha, n, v, len);
-    } else if (direct_dx) {
-      project_back_to<T, A>(work, ds, true, p.dx, p.dy, alpha, n, v, len);
+    if (direct_dx) {
+      project_back_to<T, A>(work, ds, true, p.dx, p.dy, alpha, n, v, len, next);
     } else if (p.dx) {
       if (apply && same) {
         if (p.uses_x())

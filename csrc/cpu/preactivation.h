@@ -204,6 +204,12 @@ struct NextTile {
   }
 };
 
+// A look aside, as matrix units take it.
+template <class Aside>
+void look(void* aside) {
+  static_cast<Aside*>(aside)->step();
+}
+
 // What a thread holds while it goes through its tiles, and through each in blocks of the product's depth.
 template <class T>
 struct Worker {
@@ -434,9 +440,8 @@ struct Worker {
   void multiply_back_by_units(Aside& aside, bool of_x, int64_t rows, const A* ds, int64_t len, bool add,
                               A* out) const {
     if constexpr (std::is_same_v<A, float>)
-      units->multiply(
-          packed_back_for_units(packed, p.inter, of_x ? 0 : packed.rows_x), parts_w, rows, ds, kPartsOfSums,
-          p.inter, len, ld, add, out, [](void* context) { static_cast<Aside*>(context)->step(); }, &aside);
+      units->multiply(packed_back_for_units(packed, p.inter, of_x ? 0 : packed.rows_x), parts_w, rows, ds,
+                      kPartsOfSums, p.inter, len, ld, add, out, look<Aside>, &aside);
   }
 
   // sums = or += W's columns times this block's rows; behind batch norms of theta and of phi apart.
@@ -451,9 +456,8 @@ struct Worker {
   void multiply_block_by_units(Aside& aside, const Block& block, const A* input_rows, int64_t len, bool add,
                                A* to) const {
     if constexpr (std::is_same_v<A, float>)
-      units->multiply(
-          packed_for_units(p.packed, packed.inter, block, 0), parts_w, packed.inter, input_rows, parts_x,
-          block.rows, len, ld, add, to, [](void* context) { static_cast<Aside*>(context)->step(); }, &aside);
+      units->multiply(packed_for_units(p.packed, packed.inter, block, 0), parts_w, packed.inter, input_rows,
+                      parts_x, block.rows, len, ld, add, to, look<Aside>, &aside);
   }
 
   // Makes the sums in `column`, of the voxels [v0, v1) that a vector holds, as float32 does where they are

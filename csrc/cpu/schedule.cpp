@@ -19,10 +19,8 @@ constexpr int64_t kBandBytes = int64_t(2) << 20;  // of x, for each thread
 
 // Pieces of `size` coarse voxels, counted through all samples, that the work is divided into. Backward's are
 // tiles, because sums are taken over them; forward's are smaller, so that threads get equal shares.
-struct Pieces {
-  int64_t size, voxels, per_sample;
-  Pieces(const Problem& p, int64_t size_)
-      : size(size_), voxels(p.coarse.voxels()), per_sample((voxels + size - 1) / size) {}
+struct Pieces : Tiles {
+  using Tiles::Tiles;
 
   // Calls f(n, v0, v1) for the runs of pieces [begin, end), which never cross a sample.
   template <class F>
@@ -116,7 +114,7 @@ void run_forward(Problem p) {
   const Layout layout = k.layout(p, false);
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, false, b, e); });
   const Pieces pieces(p, kForwardPiece);
-  const int64_t count = p.batch * pieces.per_sample;
+  const int64_t count = pieces.count;
   const bool two_phases = p.applies_later();
   const int64_t threads = torch::stable::get_num_threads();
   // A band is a whole number of pieces for every thread.
@@ -143,7 +141,6 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
   const Kernels& k = kernels(p.dtype);
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, true, b, e); });
   const Pieces pieces(p, layout.tile);
-  const Tiles tiles(p, layout.tile);
   const int64_t all_rows = p.batch * p.fine.d * p.fine.h;
   const bool two_phases = p.dy && !p.same_grid();
   const int64_t step = two_phases ? units_per_band(p, groups) : groups;
@@ -151,7 +148,7 @@ void run_backward(Problem p, const Layout& layout, int64_t groups) {
   for (int64_t begin = 0; begin < groups; begin += step) {
     const int64_t end = std::min(begin + step, groups);
     if (two_phases) {
-      const int64_t need = end == groups ? all_rows : rows_needed(p, pieces, tiles.first_of(end, groups));
+      const int64_t need = end == groups ? all_rows : rows_needed(p, pieces, pieces.first_of(end, groups));
       parallel_rows(p, rows_done, need,
                     [&](int64_t n, int64_t r0, int64_t r1) { k.apply_backward(p, n, r0, r1); });
       rows_done = std::max(rows_done, need);
@@ -173,11 +170,10 @@ void run_statistics(const Problem& p, const Layout& layout, const Statistics& to
   const Kernels& k = kernels(p.dtype);
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, false, b, e); });
   const Pieces pieces(p, layout.tile);
-  const Tiles tiles(p, layout.tile);
   parallel(0, to.groups, [&](int64_t b, int64_t e) {
     for (int64_t g = b; g < e; ++g) {
       bool first = true;
-      pieces.for_runs(tiles.first_of(g, to.groups), tiles.first_of(g + 1, to.groups),
+      pieces.for_runs(pieces.first_of(g, to.groups), pieces.first_of(g + 1, to.groups),
                       [&](int64_t n, int64_t v0, int64_t v1) {
                         k.statistics(p, layout, to, g, first, n, v0, v1);
                         first = false;
