@@ -6,6 +6,7 @@ from .autograd import AttentionGateFunction
 from .capture import capture_attention
 from .families import GateFamily, register_family
 from .fuse import FusionReport, fuse_gates, unfuse_gates
+from .memory import keep_memory
 from .module import AttentionGate
 from .plot import plot_attention
 from .spec import GateSpec
@@ -25,6 +26,7 @@ __all__ = [
     "capture_attention",
     "functional",
     "fuse_gates",
+    "keep_memory",
     "keras",
     "plot_attention",
     "reference",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_gate import keep_memory
+
 # Else the profiler greets and takes leave on stderr at each use; read when it is used for the first time.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
@@ -34,12 +36,17 @@ def kept_bytes(forward: Callable[[], Any], held: Iterable[Tensor]) -> int:
 def allocated_peak(call: Callable[[], Any]) -> int:
     """The most bytes that tensors made in `call` hold at one time, its results included.
 
-    Counted from PyTorch's allocator on the CPU, so memory of other libraries and of C++ objects isn't in it.
+    Counted from PyTorch's allocator on the CPU, so memory of other libraries and of C++ objects isn't in it;
+    attn_gate's results are, since they come from it here.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        kept = call()
-    del kept
+    limit = keep_memory(0)
+    try:
+        with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+            kept = call()
+        del kept
+    finally:
+        keep_memory(limit)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

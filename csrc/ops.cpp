@@ -15,6 +15,7 @@
 // empty.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/memory.h"
 #include "cpu/problem.h"
 
 namespace {
@@ -85,6 +86,10 @@ STABLE_TORCH_LIBRARY(attn_gate, m) {
       "int needs) -> (Tensor dx, Tensor dg, Tensor dtheta_weight, Tensor dphi_weight, Tensor dtheta_scale, "
       "Tensor dphi_scale, Tensor dbias, Tensor dpsi_weight, Tensor dpsi_bias)");
   m.def("cpu_isa() -> str");
+  m.def("keep_memory(int limit) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(attn_gate, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(attn_gate, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("keep_memory", TORCH_BOX(&attn_gate::cpu::keep_memory));
+}

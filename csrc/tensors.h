@@ -119,14 +119,15 @@ inline Tensor check_acc(const Tensor& t, const char* name, const Tensor& x, cons
   return torch::stable::contiguous(t);
 }
 
-// Uninitialised [N, channels, grid] in the dtype and layout of `like`.
-inline Tensor new_map(const Tensor& like, int64_t channels, const Ints& grid) {
+// New maps [N, channels, grid] are in the layout of `like`.
+inline Ints map_shape(const Tensor& like, int64_t channels, const Ints& grid) {
   Ints shape{like.size(0), channels};
   shape.insert(shape.end(), grid.begin(), grid.end());
-  const auto format = storage_of(like) != Storage::channels_last ? MemoryFormat::Contiguous
-                      : like.dim() == 4                          ? MemoryFormat::ChannelsLast
-                                                                 : MemoryFormat::ChannelsLast3d;
-  return torch::stable::empty(shape, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
+  return shape;
+}
+inline MemoryFormat map_format(const Tensor& like) {
+  if (storage_of(like) != Storage::channels_last) return MemoryFormat::Contiguous;
+  return like.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
 }
 
 inline Ints grid_sizes(const Tensor& t) {

@@ -5,7 +5,7 @@
 
 #include "../boxing.h"
 #include "../tensors.h"
-#include "pages.h"
+#include "memory.h"
 #include "problem.h"
 
 namespace attn_gate::cpu {
@@ -154,7 +154,6 @@ Tensor moments_bwd(const MaybeTensor& dmean, const MaybeTensor& dcov, const Tens
   Moments& p = call.p;
   if (!(needs & 1)) return torch::stable::new_empty(x, Ints{0}, x.scalar_type());
   Tensor dx = new_map(call.x, call.x.size(1), grid_sizes(call.x));
-  advise_huge_pages(dx);
   p.dx = MomentsCall::map_over(dx);
   const bool covered = p.kernel == p.stride && p.coarse.d * p.kernel.d == p.x.grid.d &&
                        p.coarse.h * p.kernel.h == p.x.grid.h && p.coarse.w * p.kernel.w == p.x.grid.w;

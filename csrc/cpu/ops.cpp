@@ -7,7 +7,7 @@
 
 #include "../boxing.h"
 #include "../tensors.h"
-#include "pages.h"
+#include "memory.h"
 #include "schedule.h"
 
 namespace attn_gate::cpu {
@@ -46,16 +46,11 @@ struct Call {
   Map output(const Tensor& t) {
     void* data = t.mutable_data_ptr();
     held.push_back(t);
-    advise_huge_pages(t);
     Map map = map_over(t, data);
     map.has_pages = has_pages(t);
     return map;
   }
-  Tensor new_acc(const Ints& shape) const {
-    Tensor t = torch::stable::new_empty(like, shape, acc_dtype(like));
-    advise_huge_pages(t);
-    return t;
-  }
+  Tensor new_acc(const Ints& shape) const { return cpu::new_acc(like, shape); }
   Tensor no_map() const { return torch::stable::new_empty(like, Ints{0}, like.scalar_type()); }
   Tensor no_acc() const { return new_acc({0}); }
   // An output like t (its own layout where native), if wanted.

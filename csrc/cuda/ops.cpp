@@ -23,6 +23,11 @@ Map map_over(const Tensor& t, void* data) {
   return {data, channels, channels * voxels, voxels, 1};
 }
 
+Tensor new_map(const Tensor& like, int64_t channels, const Ints& grid) {
+  return torch::stable::empty(map_shape(like, channels, grid), like.scalar_type(), std::nullopt,
+                              like.device(), std::nullopt, map_format(like));
+}
+
 // A call under way: the device and stream, and the tensors that kernels' pointers lie in.
 struct Call {
   Tensor like;  // x (or theta): dtype and device of all
