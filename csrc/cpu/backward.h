@@ -153,7 +153,7 @@ bool in_rows(const Worker<T>& work, const Map& out) {
 // panel[i * width + r] = rows[r * ld + i], zeros behind the last row.
 template <class A>
 void turn_panel(const A* rows, int64_t ld, int64_t count, int64_t width, int64_t len, A* panel) {
-  transpose(rows, ld, count, len, panel, width);
+  transpose<A>(rows, ld, count, len, panel, width);
   for (int64_t i = 0; count < width && i < len; ++i)
     for (int64_t r = count; r < width; ++r) panel[i * width + r] = A(0);
 }
@@ -360,7 +360,7 @@ void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int
     auto turn = [&](const A* rows, int64_t of_g) {
       A* to = apart ? static_cast<A*>(p.turned) + of_g + t * Ip * ld : static_cast<A*>(own_ds_t);
       for (int64_t i = 0; i < Ip; i += kBlock<A>)
-        transpose(rows + i * ld, ld, kBlock<A>, len, to + i * ld, kBlock<A>);
+        transpose<A>(rows + i * ld, ld, kBlock<A>, len, to + i * ld, kBlock<A>);
       turned = rows;
     };
     if (weights && apart) {
@@ -371,7 +371,7 @@ void backward_groups(const Problem& p, const Layout& layout, int64_t groups, int
       if (sums_by_units) {
         const auto add = [&](const float* rows, int64_t k0, int64_t k1, int64_t column) {
           if (k0 == k1) return;
-          if (turned != rows) transpose(rows, ld, Ip, len, static_cast<float*>(own_ds_t), Ip);
+          if (turned != rows) transpose<A>(rows, ld, Ip, len, static_cast<float*>(own_ds_t), Ip);
           turned = rows;
           add_weights_by_units(work, next, k0, k1, static_cast<const float*>(own_ds_t), len, first,
                                static_cast<uint16_t*>(packed_rows), sums + column * Ip);

@@ -63,7 +63,7 @@ void moments_tiles(const Moments& p, int64_t group, bool begin, int64_t n, int64
     ahead.over((Kp / pitch + 1) * (Kp / kRows) / 2 * ((len + kStep - 1) / kStep));
     for (int64_t k = 0; k < K; ++k) mean[k] = centre_row(rows + k * ld, len, left[k]);
     for (int64_t k = 0; k < Kp; k += pitch)
-      transpose(rows + k * ld, ld, smaller(pitch, Kp - k), padded, turned + k * ld, pitch);
+      transpose<A>(rows + k * ld, ld, smaller(pitch, Kp - k), padded, turned + k * ld, pitch);
 
     // Chan: products += tile's products + shift shift^T n_a n_b / (n_a + n_b); the tile's products are about
     // its rounded mean, hence `left`.

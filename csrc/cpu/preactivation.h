@@ -63,12 +63,12 @@ struct Packed {
 template <class A>
 void pack_rows(const A* rows, int64_t depth, int64_t count, A* to, int64_t pitch) {
   constexpr int B = kBlock<A>;
-  if constexpr (B == kRows) return transpose(rows, depth, count, depth, to, B);
+  if constexpr (B == kRows) return transpose<A>(rows, depth, count, depth, to, B);
   constexpr int64_t step = 4 * B;
   A columns[step * B];
   for (int64_t k = 0; k < depth; k += step) {
     const int64_t some = smaller(step, depth - k);
-    transpose(rows + k, depth, count, some, columns, B);
+    transpose<A>(rows + k, depth, count, some, columns, B);
     for (int64_t r = 0; r < count; r += kRows)
       for (int64_t c = 0; c < some; ++c)
         for (int64_t q = 0; q < kRows && r + q < count; ++q)

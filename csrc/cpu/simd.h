@@ -55,26 +55,24 @@ inline void store(A* p, Vec<A> v) {
 typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
-// A vector of A from elements of type T in memory, and back.
+// A vector of A from one of what elements of type T are in memory, and back.
 template <class A, class T>
-inline Vec<A> load_as(const T* p) {
+using Stored = std::conditional_t<std::is_same_v<T, A>, Vec<A>, Halves>;
+template <class A, class T>
+inline Vec<A> widened(Stored<A, T> bits) {
   if constexpr (std::is_same_v<T, A>) {
-    return load(p);
+    return bits;
   } else if constexpr (std::is_same_v<T, bf16>) {
-    Halves bits;
-    std::memcpy(&bits, p, sizeof bits);
     return (Vec<A>)(__builtin_convertvector(bits, Words) << 16);
   } else {  // as to_acc(f16)
     static_assert(std::is_same_v<T, f16>);
-    Halves bits;
-    std::memcpy(&bits, p, sizeof bits);
     const Words u = __builtin_convertvector(bits, Words), magnitude = (u & 0x7fff) << 13;
     const Words scaled = (Words)((Vec<A>)magnitude * as_float(0x77800000));
     return (Vec<A>)((magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : scaled) | (u & 0x8000) << 16);
   }
 }
 template <class T, class A>
-inline auto rounded_to(Vec<A> v) {
+inline Stored<A, T> rounded_to(Vec<A> v) {
   if constexpr (std::is_same_v<T, A>) {
     return v;
   } else if constexpr (std::is_same_v<T, bf16>) {  // as from_acc<bf16>
@@ -90,6 +88,12 @@ inline auto rounded_to(Vec<A> v) {
     bits = magnitude > 0x7f800000 ? Words{} + 0x7e00 : bits;
     return __builtin_convertvector(bits | ((u >> 16) & 0x8000), Halves);
   }
+}
+template <class A, class T>
+inline Vec<A> load_as(const T* p) {
+  Stored<A, T> bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return widened<A, T>(bits);
 }
 template <class A, class T>
 inline void store_as(T* p, Vec<A> v) {
@@ -251,8 +255,7 @@ inline void for_panels(int64_t width, F&& f) {
   if (vectors == 1) f(std::integral_constant<int, 1>{}, v);
 }
 
-// One butterfly stage of a lanes x lanes transposition: swaps blocks of `Half` lanes between rows i and i +
-// Half.
+// Swaps blocks of `Half` lanes between a and b.
 template <class A, int Half, bool Upper, size_t... L>
 inline Vec<A> exchange(Vec<A> a, Vec<A> b, std::index_sequence<L...>) {
   constexpr int n = kLanes<A>;
@@ -262,19 +265,6 @@ inline Vec<A> exchange(Vec<A> a, Vec<A> b, std::index_sequence<L...>) {
     return __builtin_shufflevector(a, b, ((L & Half) ? int(L) - Half + n : int(L))...);
   }
 }
-template <class A, int Half>
-inline __attribute__((always_inline)) void transpose_stages(Vec<A> (&m)[kLanes<A>]) {
-  constexpr auto lanes = std::make_index_sequence<kLanes<A>>{};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<A>; ++i) {
-    if (i & Half) continue;
-    Vec<A> a = m[i], b = m[i + Half];
-    m[i] = exchange<A, Half, false>(a, b, lanes);
-    m[i + Half] = exchange<A, Half, true>(a, b, lanes);
-  }
-  if constexpr (Half > 1) transpose_stages<A, Half / 2>(m);
-}
-
 // The sum of m[i]'s lanes, in lane i.
 template <class A, int Half = kLanes<A> / 2>
 inline __attribute__((always_inline)) Vec<A> horizontal_sums(Vec<A> (&m)[kLanes<A>]) {
@@ -287,26 +277,82 @@ inline __attribute__((always_inline)) Vec<A> horizontal_sums(Vec<A> (&m)[kLanes<
   return m[0];
 }
 
-// dst[c * ldd + r] = src[r * lds + c] for r < rows, c < cols.
+// Transpositions go by pieces of the elements that four floats, or two doubles, take: those of a vector's
+// worth of rows are loaded side by side, and what remains to do is within pieces.
 template <class A>
-inline void transpose(const A* src, int64_t lds, int64_t rows, int64_t cols, A* dst, int64_t ldd) {
-  constexpr int n = kLanes<A>;
+constexpr int kPiece = 16 / int(sizeof(A));
+
+template <class V, size_t... L>
+inline __attribute__((always_inline)) auto concatenated(V low, V high, std::index_sequence<L...>) {
+  return __builtin_shufflevector(low, high, int(L)...);
+}
+// The pieces of `Elements` elements at src, src + step, ..., `Count` of them, in one vector.
+template <class Element, int Elements, int Count, class T>
+inline __attribute__((always_inline)) auto gathered(const T* src, int64_t step) {
+  if constexpr (Count == 1) {
+    typedef Element Piece __attribute__((vector_size(Elements * sizeof(Element))));
+    Piece piece;
+    std::memcpy(&piece, src, sizeof piece);
+    return piece;
+  } else {
+    constexpr int half = Count / 2;
+    return concatenated(gathered<Element, Elements, half>(src, step),
+                        gathered<Element, Elements, half>(src + half * step, step),
+                        std::make_index_sequence<size_t(Count * Elements)>{});
+  }
+}
+// In each piece the lower, or the upper, halves of a's and b's, by turns `Run` elements of each.
+template <class A, int Run, bool Upper, size_t... L>
+inline __attribute__((always_inline)) Vec<A> zipped(Vec<A> a, Vec<A> b, std::index_sequence<L...>) {
+  constexpr int n = kLanes<A>, p = kPiece<A>, first = Upper ? p / 2 : 0;
+  return __builtin_shufflevector(
+      a, b,
+      (int(L) / p * p + first + int(L) % p / (2 * Run) * Run + int(L) % Run + (int(L) / Run % 2 ? n : 0))...);
+}
+template <class A, int Run>
+inline __attribute__((always_inline)) void zip(Vec<A>& a, Vec<A>& b) {
+  constexpr auto lanes = std::make_index_sequence<size_t(kLanes<A>)>{};
+  const Vec<A> low = zipped<A, Run, false>(a, b, lanes), high = zipped<A, Run, true>(a, b, lanes);
+  a = low, b = high;
+}
+
+// dst[c * ldd + r] = src[r * lds + c] for r < rows, c < cols; Add: += instead of =.
+template <class A, bool Add = false, class From, class To>
+inline void transpose(const From* src, int64_t lds, int64_t rows, int64_t cols, To* dst, int64_t ldd) {
+  constexpr int n = kLanes<A>, p = kPiece<A>;
+  const auto put = [&](int64_t r, int64_t c) {
+    To& to = dst[c * ldd + r];
+    const A v = to_acc(src[r * lds + c]);
+    to = from_acc<To>(Add ? to_acc(to) + v : v);
+  };
   int64_t r = 0;
   for (; r + n <= rows; r += n) {
     int64_t c = 0;
-    for (; c + n <= cols; c += n) {
-      Vec<A> m[n];
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) m[i] = load(src + (r + i) * lds + c);
-      transpose_stages<A, n / 2>(m);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) store(dst + (c + i) * ldd + r, m[i]);
+    for (; c + p <= cols; c += p) {
+      Vec<A> m[p];
+#pragma GCC unroll 4
+      for (int i = 0; i < p; ++i) {
+        using Element = std::conditional_t<std::is_same_v<From, A>, A, uint16_t>;
+        m[i] = widened<A, From>(gathered<Element, p, n / p>(src + (r + i) * lds + c, p * lds));
+      }
+      if constexpr (p == 4) {
+        zip<A, 1>(m[0], m[1]);
+        zip<A, 1>(m[2], m[3]);
+        zip<A, 2>(m[0], m[2]);
+        zip<A, 2>(m[1], m[3]);
+        std::swap(m[1], m[2]);
+      } else {
+        zip<A, 1>(m[0], m[1]);
+      }
+      To* to = dst + c * ldd + r;
+#pragma GCC unroll 4
+      for (int i = 0; i < p; ++i, to += ldd) store_as<A>(to, Add ? load_as<A>(to) + m[i] : m[i]);
     }
     for (; c < cols; ++c)
-      for (int i = 0; i < n; ++i) dst[c * ldd + r + i] = src[(r + i) * lds + c];
+      for (int i = 0; i < n; ++i) put(r + i, c);
   }
   for (r = rows - rows % n; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c) dst[c * ldd + r] = src[r * lds + c];
+    for (int64_t c = 0; c < cols; ++c) put(r, c);
 }
 
 }  // namespace

@@ -15,7 +15,8 @@ template <class A>
 class Buffer {
  public:
   explicit Buffer(int64_t n)
-      : data_(static_cast<A*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(A), std::align_val_t(64)))) {}
+      : data_(n > 0 ? static_cast<A*>(::operator new(size_t(n) * sizeof(A), std::align_val_t(64)))
+                    : nullptr) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -149,28 +150,11 @@ void load_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v1
       });
     return;
   }
-  // Channels last: a vector's worth of voxels at a time, converted if need be, then transposed, while those
-  // two further on are fetched.
   const int64_t C = m.channels;
-  constexpr bool direct = std::is_same_v<T, A>;
-  Buffer<A> scratch(direct ? 0 : kLanes<A> * count);
-  for_row_pieces(p, v0, v1, [&](int64_t first, int64_t piece, int64_t offset) {
+  for_row_pieces(p, v0, v1, [&](int64_t first, int64_t some, int64_t offset) {
     for_taps(p, [&](int64_t tap, int64_t step) {
-      for (int64_t i = 0; i < piece; i += kLanes<A>) {
-        const int64_t some = smaller(kLanes<A>, piece - i);
-        const T* src = base + (offset + step + i * p.stride.w) * C;
-        A* dst = rows + tap * ld + first + i;
-        for (int64_t k = 2 * kLanes<A>; k < 3 * kLanes<A>; ++k)
-          for (int64_t c = 0; c < count; c += int64_t(64 / sizeof(T)))
-            __builtin_prefetch(src + k * p.stride.w * C + c, 0, 3);
-        if constexpr (direct) {
-          transpose(src, p.stride.w * C, some, count, dst, taps * ld);
-        } else {
-          for (int64_t k = 0; k < some; ++k)
-            convert_row(src + k * p.stride.w * C, scratch + k * count, count);
-          transpose(static_cast<const A*>(scratch), count, some, count, dst, taps * ld);
-        }
-      }
+      transpose<A>(base + (offset + step) * C, p.stride.w * C, some, count, rows + tap * ld + first,
+                   taps * ld);
     });
   });
 }
@@ -222,22 +206,11 @@ void store_tile(const Map& m, const Patches& p, int64_t n, int64_t v0, int64_t v
     return;
   }
   const int64_t C = m.channels;
-  constexpr bool direct = std::is_same_v<T, A> && !Add;
-  Buffer<A> scratch(direct ? 0 : kLanes<A> * C);
   for_row_pieces(p, v0, v1, [&](int64_t first, int64_t count, int64_t offset) {
     for_taps(p, [&](int64_t tap, int64_t step) {
-      for (int64_t i = 0; i < count; i += kLanes<A>) {
-        const int64_t some = smaller(kLanes<A>, count - i);
-        const A* src = rows + tap * ld + first + i;
-        T* dst = base + (offset + step + i * p.stride.w) * C;
-        if constexpr (direct) {
-          transpose(src, taps * ld, C, some, dst, p.stride.w * C);
-        } else {
-          transpose(src, taps * ld, C, some, static_cast<A*>(scratch), C);
-          for (int64_t k = 0; k < some; ++k)
-            store_strided<Add>(static_cast<const A*>(scratch + k * C), dst + k * p.stride.w * C, 1, C);
-        }
-      }
+      for (int64_t i = 0; i < count; i += kLanes<A>)  // whole voxels, one after the other
+        transpose<A, Add>(rows + tap * ld + first + i, taps * ld, C, smaller(kLanes<A>, count - i),
+                          base + (offset + step + i * p.stride.w) * C, p.stride.w * C);
     });
   });
 }
