@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
+import mmap
 
 import pytest
 import torch
+from matrix import LAYOUTS
 
 from attn_gate import AttentionGate, functional, reference
 from attn_gate._library import cpu_isa, ops
@@ -154,6 +157,62 @@ def test_mended_whatever_the_gate(case, layout, dtype, value):
         found = functional.attention_logits(**call, **case.options("attention_logits"))
         expected = reference.attention_logits(**call, **case.options("attention_logits"))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+# Two rows of the product's depth are a pair, as they lie in memory or made so; odd ones, a part that begins
+# within a pair, blocks of the depth, steps of it and tiles of voxels that are filled up.
+PAIRS = [
+    GateCase("an odd row is last", (9, 13), (9, 13), channels=40, gating=33, inter=40),
+    GateCase("no pairs: an odd row is first", (9, 13), (9, 13), channels=33, gating=40, inter=40),
+    GateCase("blocks", (21, 13), (21, 13), channels=150, gating=301, inter=40),
+    GateCase("shallow", (37, 29), (37, 29), channels=18, gating=18, inter=3),
+    GateCase("shallow in 3D", (5, 7, 23), (5, 7, 23), channels=20, gating=14, inter=9),
+    GateCase("patches", (18, 26), (9, 13), channels=15, gating=21, inter=36, kernel=2, stride=2),
+    GateCase(
+        "patches in whole vectors", (18, 64), (9, 32), channels=15, gating=21, inter=36, kernel=2, stride=2
+    ),
+    GateCase("patches in 3D", (6, 10, 34), (3, 5, 17), channels=5, gating=12, inter=36, kernel=2, stride=2),
+    GateCase("strides", (18, 26), (9, 13), channels=40, gating=22, inter=36, stride=2),
+]
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "channels last", "odd offsets", "odd offsets, channels last"]
+)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+def test_pairs_of_bfloat16(case, layout, weights):
+    """alpha as exact as float32's."""
+    tensors = case.inputs("attention_gate", torch.bfloat16)
+    for name, arrange in zip("xg", LAYOUTS[layout], strict=False):
+        tensors[name] = arrange(tensors[name])
+    for name in ("theta_weight", "phi_weight"):
+        tensors[name] = tensors[name].to(weights).float()
+    _, alpha = functional.attention_gate(**tensors, **case.options("attention_gate"))
+    exact = {name: t if t is None else t.double() for name, t in tensors.items()}
+    _, expected = reference.attention_gate(**exact, **case.options("attention_gate"))
+    torch.testing.assert_close(alpha.double(), expected, rtol=3e-6, atol=1e-6)
+
+
+def before_a_guard(t):
+    """The same where memory ends, so that reading beyond it is a crash."""
+    pages = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    end = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages)
+    assert ctypes.CDLL(None).mprotect(end, mmap.PAGESIZE, 0) == 0
+    flat = torch.frombuffer(memory, dtype=t.dtype, offset=pages - t.nbytes, count=t.numel())
+    return flat.as_strided(t.shape, t.stride()).copy_(t)
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case.name)
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_nothing_beyond_a_map_is_read(case, layout):
+    tensors = case.inputs("attention_gate", torch.bfloat16)
+    expected = functional.attention_gate(**tensors, **case.options("attention_gate"))
+    for name, arrange in zip("xg", LAYOUTS[layout], strict=False):
+        tensors[name] = before_a_guard(arrange(tensors[name]))
+    found = functional.attention_gate(**tensors, **case.options("attention_gate"))
+    torch.testing.assert_close(found, expected)
 
 
 # Weight gradients that are summed in each tile, or in a pass of their own; depths, inter channels and voxels

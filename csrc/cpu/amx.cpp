@@ -61,7 +61,18 @@ constexpr int64_t kPairs = kSteps * kDepth / 2, kColumns = 2 * kVoxels;
 // The input of one block of registers over kSteps: the parts of each value, two rows side by side.
 template <int PartsX>
 struct Input {
+  static constexpr int kParts = PartsX;
   alignas(64) uint32_t planes[PartsX][kPairs][kColumns];
+  const void* at(int part, int64_t step) const { return planes[part][step * (kDepth / 2)]; }
+  static constexpr int64_t pitch() { return kColumns * int64_t(sizeof(uint32_t)); }
+};
+// The same of an input that is pairs already.
+struct Pairs {
+  static constexpr int kParts = 1;
+  const float* first;
+  int64_t ld;
+  const void* at(int, int64_t step) const { return first + step * (kDepth / 2) * ld; }
+  int64_t pitch() const { return ld * int64_t(sizeof(float)); }
 };
 
 // Splits rows [k0, k0 + 2 * kPairs) of the input's rows [depth][ld], some pairs of them at a time; zeros
@@ -107,6 +118,11 @@ class Splitter {
   bool both_;
 };
 
+// There is nothing to split beside products of pairs.
+struct NothingNext {
+  void step() {}
+};
+
 struct Operands {
   const uint16_t* w;
   int64_t w_pitch;  // from one tile of rows to the next
@@ -125,9 +141,10 @@ inline __attribute__((always_inline)) void load_w(const uint16_t* at, int64_t pi
   if constexpr (Tiles == 2) _tile_loadd(5, at + pitch, 64);
 }
 template <int Columns>
-inline __attribute__((always_inline)) void load_x(const uint32_t* at) {
-  _tile_loadd(6, at, kColumns * 4);
-  if constexpr (Columns == 2) _tile_loadd(7, at + kVoxels, kColumns * 4);
+inline __attribute__((always_inline)) void load_x(const void* at, int64_t pitch) {
+  _tile_loadd(6, at, pitch);
+  if constexpr (Columns == 2)
+    _tile_loadd(7, static_cast<const char*>(at) + kVoxels * sizeof(uint32_t), pitch);
 }
 template <int Tiles, int Columns>
 inline __attribute__((always_inline)) void multiply_add() {
@@ -138,9 +155,10 @@ inline __attribute__((always_inline)) void multiply_add() {
 }
 
 // sums = (add: +=) the product of one block of registers, over some steps.
-template <int PartsW, int PartsX, int Tiles, int Columns>
-void multiply_block(const Operands& o, const uint16_t* w, const Input<PartsX>& x, int64_t steps, bool add,
-                    float* sums, Splitter<PartsX>& next) {
+template <int PartsW, int Tiles, int Columns, class X, class Next>
+void multiply_block(const Operands& o, const uint16_t* w, const X& x, int64_t steps, bool add, float* sums,
+                    Next& next) {
+  constexpr int PartsX = X::kParts;
   float* below = sums + kTileRows * o.ld;
   const int64_t pitch = o.ld * int64_t(sizeof(float));
   if (add) {
@@ -155,7 +173,7 @@ void multiply_block(const Operands& o, const uint16_t* w, const Input<PartsX>& x
     _tile_zero(3);
   }
   for (int64_t step = 0; step < steps; ++step, w += 3 * kTile) {
-    const auto input = [&](int part) { load_x<Columns>(x.planes[part][step * (kDepth / 2)]); };
+    const auto input = [&](int part) { load_x<Columns>(x.at(part, step), x.pitch()); };
     const auto weights = [&](int part) { load_w<Tiles>(w + part * kTile, o.w_pitch); };
     // From one product to the next one operand changes.
     input(0);
@@ -196,6 +214,22 @@ void multiply_block(const Operands& o, const uint16_t* w, const Input<PartsX>& x
   if constexpr (Tiles == 2 && Columns == 2) _tile_stored(3, below + kVoxels, pitch);
 }
 
+// Of as many tiles of rows and of voxels as there are.
+template <int PartsW, class X, class Next>
+inline __attribute__((always_inline)) void multiply_block(const Operands& o, const uint16_t* w, const X& x,
+                                                          int64_t steps, bool add, float* sums, Next& next,
+                                                          bool two, bool both) {
+  if (two && both) {
+    multiply_block<PartsW, 2, 2>(o, w, x, steps, add, sums, next);
+  } else if (two) {
+    multiply_block<PartsW, 2, 1>(o, w, x, steps, add, sums, next);
+  } else if (both) {
+    multiply_block<PartsW, 1, 2>(o, w, x, steps, add, sums, next);
+  } else {
+    multiply_block<PartsW, 1, 1>(o, w, x, steps, add, sums, next);
+  }
+}
+
 template <int PartsW, int PartsX>
 void multiply_parts(const Operands& o, const float* rows, int64_t depth, int64_t inter, int64_t len) {
   Input<PartsX> inputs[2];
@@ -220,16 +254,7 @@ void multiply_parts(const Operands& o, const float* rows, int64_t depth, int64_t
       for (int64_t i = 0; i < inter; i += 2 * kTileRows) {
         const uint16_t* w = o.w + i / kTileRows * o.w_pitch + step * 3 * kTile;
         const bool two = i + kTileRows < inter, both = v + kVoxels < len, add = o.add || step > 0;
-        float* to = o.sums + i * o.ld + v;
-        if (two && both) {
-          multiply_block<PartsW, PartsX, 2, 2>(o, w, x, steps, add, to, next);
-        } else if (two) {
-          multiply_block<PartsW, PartsX, 2, 1>(o, w, x, steps, add, to, next);
-        } else if (both) {
-          multiply_block<PartsW, PartsX, 1, 2>(o, w, x, steps, add, to, next);
-        } else {
-          multiply_block<PartsW, PartsX, 1, 1>(o, w, x, steps, add, to, next);
-        }
+        multiply_block<PartsW>(o, w, x, steps, add, o.sums + i * o.ld + v, next, two, both);
       }
     }
   }
@@ -251,9 +276,25 @@ void multiply(const uint16_t* w, int parts_w, int64_t inter, const float* rows, 
   multiply_by<3>(o, rows, parts_x, depth, inter, len);
 }
 
+template <int PartsW>
+void multiply_all_pairs(const Operands& o, const float* pairs, int64_t inter, int64_t len) {
+  asm volatile("" : : : "memory");  // as Splitter::finish()
+  NothingNext next;
+  for (int64_t v = 0; v < len; v += kColumns)
+    for (int64_t i = 0; i < inter; i += 2 * kTileRows)
+      multiply_block<PartsW>(o, o.w + i / kTileRows * o.w_pitch, Pairs{pairs + v, o.ld}, o.steps, o.add,
+                             o.sums + i * o.ld + v, next, i + kTileRows < inter, v + kVoxels < len);
+}
+void multiply_pairs(const uint16_t* w, int parts_w, int64_t inter, const float* pairs, int64_t depth,
+                    int64_t len, int64_t ld, bool add, float* sums, void (*aside)(void*), void* context) {
+  const int64_t steps = (depth + kDepth - 1) / kDepth;
+  const Operands o = {w, 3 * steps * kTile, sums, ld, steps, add, aside, context};
+  parts_w == 1 ? multiply_all_pairs<1>(o, pairs, inter, len) : multiply_all_pairs<3>(o, pairs, inter, len);
+}
+
 }  // namespace
 
-const MatrixUnits amx = {acquire, release, pack, multiply};
+const MatrixUnits amx = {acquire, release, pack, multiply, multiply_pairs};
 
 }  // namespace attn_gate::cpu
 #endif

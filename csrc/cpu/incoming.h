@@ -1,6 +1,6 @@
 // The input to come, of the next tile or block, copied a few rows at a time during the products before it.
 #pragma once
-#include "tiles.h"
+#include "pairs.h"
 
 namespace attn_gate::cpu {
 namespace {
@@ -29,6 +29,14 @@ struct Part {
     return !map.channels_last && !centred && patches.kernel.w == 2 && patches.stride.w == 2 &&
            patches.coarse.w % kLanes<A> == 0;
   }
+  // Whether load_pairs() takes it, of bfloat16.
+  bool pairs() const {
+    if (centred) return false;
+    if (map.channels_last)
+      return patches.kernel.voxels() == 1 && map.channels % 2 == 0 && c0 % 2 == 0 && c1 % 2 == 0 &&
+             reinterpret_cast<uintptr_t>(map.data) % 4 == 0;
+    return in_rows() || (patches.kernel.w == 2 && patches.stride.w == 2);
+  }
 };
 
 // The memory works while the arithmetic does. A prefetch of the whole tile would not do: a map's channels
@@ -39,9 +47,9 @@ class Incoming {
   using A = Acc<T>;
 
  public:
-  // Forgets what there was; the tile's rows will be `ld` apart.
-  void begin(int64_t ld) {
-    parts_ = 0, rows_ = 0, ld_ = ld;
+  // Forgets what there was; the tile's rows will be `ld` apart, or pairs of them as load_pairs() makes them.
+  void begin(int64_t ld, bool in_pairs) {
+    parts_ = 0, rows_ = 0, ld_ = ld, in_pairs_ = in_pairs;
     copied_ = fetched_ = Cursor();
   }
   // Adds the voxels [v0, v1) of sample n, at most kVoxels, of a part that is in rows or in pairs.
@@ -54,8 +62,15 @@ class Incoming {
     source.pitch = part.map.grid.voxels();
     source.map = part.patches.map;
     source.kernel = part.patches.kernel;
-    source.pairs = !part.in_rows();
+    source.patches = !part.in_rows();
     source.len = v1 - v0;
+    source.second = 0;
+    if (in_pairs_ && part.in_rows()) {
+      source.second = source.pitch;
+      source.odd = source.channels % 2 != 0;
+      source.channels = (source.channels + 1) / 2;
+      source.pitch *= 2;
+    }
     for (int64_t j = 0; j * kLanes<A> < source.len; ++j)
       at_[parts_][j] = first_voxel(part.patches, v0 + j * kLanes<A>);
     ++parts_;
@@ -81,8 +96,10 @@ class Incoming {
     const T* from;
     A* to;
     int64_t channels, pitch, len;
+    int64_t second;  // how far away the row is that is paired with one, or 0
     Grid map, kernel;
-    bool pairs;
+    bool patches;  // two voxels wide
+    bool odd;      // the last channel is alone
   };
   struct Cursor {
     int part = 0;
@@ -111,9 +128,13 @@ class Incoming {
     const int64_t* at = at_[fetched_.part];
     const T* from = take(fetched_);
     constexpr int64_t line = 64 / sizeof(T);
-    if (!source.pairs) {
-      for (int64_t i = 0; i < source.len; i += line) __builtin_prefetch(from + at[0] + i, 0, 3);
-      __builtin_prefetch(from + at[0] + source.len - 1, 0, 3);  // where it doesn't begin with a line
+    if (!source.patches) {
+      from += at[0];
+      for (const T* row : {from, from + source.second}) {
+        for (int64_t i = 0; i < source.len; i += line) __builtin_prefetch(row + i, 0, 3);
+        __builtin_prefetch(row + source.len - 1, 0, 3);  // where it doesn't begin with a line
+        if (!source.second) break;
+      }
       return;
     }
     for (int64_t j = 0; j * kLanes<A> < source.len; ++j)
@@ -122,9 +143,22 @@ class Incoming {
   inline __attribute__((always_inline)) void copy() {
     Source& source = sources_[copied_.part];
     const int64_t* at = at_[copied_.part];
+    const bool alone = source.odd && copied_.c + 1 == source.channels;
     const T* from = take(copied_);
     A* to = source.to;
-    if (source.pairs) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (in_pairs_) {
+        if (source.second) {
+          pair_rows(from + at[0], alone ? nullptr : from + at[0] + source.second, to, source.len);
+        } else {
+          for (int64_t j = 0; j * kLanes<A> < source.len; ++j)
+            std::memcpy(to + j * kLanes<A>, from + at[j], kLanes<A> * sizeof(A));
+        }
+        source.to += ld_;
+        return;
+      }
+    }
+    if (source.patches) {
       for (int64_t j = 0; j * kLanes<A> < source.len; ++j, to += kLanes<A>) {
         Vec<A> even = load_as<A>(from + at[j]), odd = load_as<A>(from + at[j] + kLanes<A>);
         split(even, odd);
@@ -145,6 +179,7 @@ class Incoming {
 
   Source sources_[2];
   int parts_ = 0;
+  bool in_pairs_ = false;
   Cursor copied_, fetched_;
   int64_t ld_ = 0, rows_ = 0, some_ = 0;
   int64_t at_[2][kVoxels / kLanes<A>];  // where each vector's first voxel lies

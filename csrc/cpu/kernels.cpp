@@ -19,11 +19,20 @@ using A = Acc<T>;
 // Whether matrix units make forward's product. They take six products of float32, five of float16 and three
 // of bfloat16 maps, a third where weights are bfloat16, and slow the core's clock. Measured, time against
 // that of the vectors: float32 0.83 to 0.92 from 2^14 weights on, 1.1 to 1.2 below; float16 0.85 at
-// 2^16, 1.13 to 1.3 at 2^14 and below; bfloat16 0.55 to 0.8.
-bool units_pay(const Problem& p) {
+// 2^16, 1.13 to 1.3 at 2^14 and below; bfloat16 0.55 to 0.8 where the vectors would go by panels, else 1.15.
+// In pairs 0.63 to 0.96 from a depth of 32 on, 1.05 to 1.16 at 16.
+bool units_pay(const Problem& p, bool in_pairs) {
   if (p.preact && (p.theta || p.phi)) return false;  // s takes the place of what Worker::mend would need
+  if (in_pairs) return p.depth() >= MatrixUnits::kDepth;
   const int64_t least = p.dtype == DType::f32 ? 1 << 14 : p.dtype == DType::f16 ? 1 << 16 : 0;
-  return p.inter * p.depth() >= least;
+  return p.hides_memory() && p.inter * p.depth() >= least;
+}
+// Whether they would get forward's input in pairs.
+bool pairs_of(const Problem& p, int64_t depth) {
+  if (!std::is_same_v<T, bf16> || !p.project) return false;
+  const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
+                flat = same_grid_patches(p.coarse);
+  return come_in_pairs(blocks_of(p, patches, flat, depth));
 }
 
 // Whether they make backward's. Measured, time of backward against that of the vectors: float32 0.6 to 0.95
@@ -55,7 +64,9 @@ Layout layout(const Problem& p, bool backward) {
   l.forward_elements = inter * p.depth();
   l.backward_columns = p.inter;
   if constexpr (kBlock<A> == MatrixUnits::kRows) {
-    if (backward ? units_pay_back(p) : by_panels && units_pay(p)) l.units = matrix_units();
+    const int64_t depth = by_panels ? 256 : l.depth;
+    const bool in_pairs = !backward && pairs_of(p, depth);
+    if (backward ? units_pay_back(p) : units_pay(p, in_pairs)) l.units = matrix_units();
     if (l.units && backward) {
       // Whole steps of the weight gradient's depth, which voxels are. Measured: an input of 96 KiB took 0.75
       // to 0.9 of the time of long tiles at depths of 128 to 768, which at 64 took 0.7 of that of short ones.
@@ -66,9 +77,12 @@ Layout layout(const Problem& p, bool backward) {
       l.backward_columns = columns_back_for_units(p.inter);
     } else if (l.units) {
       // Measured: inputs of 256 rows, and with large weights twice the voxels, took 0.83 to 0.95 of the time
-      // of what the vectors take best.
-      l.tile = p.inter * p.depth() > (1 << 16) ? 4 * panel : 2 * panel;
-      l.depth = 256;
+      // of what the vectors take best. Pairs are half as large: twice the voxels took 0.9 to 0.98 of the time
+      // up to 2^14 weights, 1.1 at 2^16.
+      const int64_t weights = p.inter * p.depth();
+      if (by_panels)
+        l.tile = weights > (1 << 16) || (in_pairs && weights <= (1 << 14)) ? 4 * panel : 2 * panel;
+      l.depth = depth;
       l.forward_elements = elements_for_units(p, inter, l.depth);
     }
   }

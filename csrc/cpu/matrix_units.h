@@ -31,6 +31,9 @@ struct MatrixUnits {
   void (*multiply)(const uint16_t* w, int parts_w, int64_t inter, const float* rows, int parts_x,
                    int64_t depth, int64_t len, int64_t ld, bool add, float* sums, void (*aside)(void*),
                    void* context);
+  // The same of rows of bfloat16 [depth / 2][v], as pairs.h makes them: whole kDepth.
+  void (*multiply_pairs)(const uint16_t* w, int parts_w, int64_t inter, const float* pairs, int64_t depth,
+                         int64_t len, int64_t ld, bool add, float* sums, void (*aside)(void*), void* context);
 };
 
 extern const MatrixUnits amx;

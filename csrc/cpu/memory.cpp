@@ -34,7 +34,7 @@ namespace attn_gate::cpu {
 #if defined(__linux__)
 namespace {
 
-constexpr int64_t kHugePage = int64_t(2) << 20;
+constexpr int64_t kHugePage = int64_t(2) << 20, kKept = int64_t(4) << 20;
 
 struct Block {
   void* data;
@@ -154,7 +154,7 @@ Tensor new_tensor(const Tensor& like, const Ints& shape, ScalarType dtype, Memor
 #if defined(__linux__)
   int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
   for (int64_t n : shape) bytes *= n;
-  if (bytes > kLarge && torch_from_blob && keeper().limit() > 0) {
+  if (bytes >= kKept && torch_from_blob && keeper().limit() > 0) {
     const int64_t page = sysconf(_SC_PAGESIZE);
     const Block block = new_block((bytes + page - 1) / page * page);
     const Ints strides = strides_of(shape, format);

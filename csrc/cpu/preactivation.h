@@ -39,6 +39,14 @@ inline std::vector<Block> blocks_of(const Problem& p, const Patches& patches, co
   return blocks;
 }
 
+// Whether the input of bfloat16 can be made of pairs.
+inline bool come_in_pairs(const std::vector<Block>& blocks) {
+  for (const Block& block : blocks)
+    for (const Part& part : block.parts)
+      if (!part.pairs() || (part.rows() % 2 && &part != &block.parts.back())) return false;
+  return true;
+}
+
 // Where the packed pieces of the workspace lie.
 template <class A>
 struct Packed {
@@ -228,6 +236,7 @@ struct Worker {
   const int held;   // inputs: this block's, the next one's, that of the tile before if its y is to come
   Buffer<A> input;  // [held][padded_depth()][ld]: patches of x, then g
   const int parts_w, parts_x;  // bfloat16 that a weight, and a value of the input, is the sum of
+  const bool in_pairs;  // whether the input is as matrix units take it (pairs.h); backward needs the rows too
   // The same of ds, whose products are rounded to T, or summed with others of such maps.
   static constexpr int kPartsOfSums = std::is_same_v<T, bf16> ? 2 : 3;
   A* rows;        // this block's of them
@@ -254,9 +263,10 @@ struct Worker {
                 : std::is_same_v<T, bf16> ? 1
                 : std::is_same_v<T, f16>  ? 2
                                           : 3),
-        rows(input), sums(units && p.norms             ? 2 * packed.inter * ld
-                          : units || blocks.size() > 1 ? packed.inter * ld
-                                                       : 0),
+        in_pairs(std::is_same_v<T, bf16> && units && !backward && come_in_pairs(blocks)), rows(input),
+        sums(units && p.norms             ? 2 * packed.inter * ld
+             : units || blocks.size() > 1 ? packed.inter * ld
+                                          : 0),
         given((has_given || p_.preact) ? packed.inter * ld : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
     if (units) units->acquire();
@@ -277,9 +287,13 @@ struct Worker {
       if (packed.wide[i / MatrixUnits::kRows] != A(0)) return false;
     return true;
   }
+  // Where the part's rows go, of a block's that begin at `first`.
+  A* rows_of(const Part& part, const Block& block, A* first) const {
+    return first + (part.k0 - block.k0) / (in_pairs ? 2 : 1) * ld;
+  }
   // Whether the rows of x are at hand while y of the tile is written.
   bool holds_x() const {
-    const bool rows = p.y && !p.applies_later() && !p.y.channels_last;
+    const bool rows = p.y && !p.applies_later() && !p.y.channels_last && !in_pairs;
     return rows && p.uses_x() && !p.centre_x && blocks.size() == 1;
   }
   // As matrix units write over the input in backward.
@@ -360,16 +374,26 @@ struct Worker {
     at = block;
     for (const Part& part : blocks[at].parts) {
       if (loads(part)) continue;
-      A* to = rows + (part.k0 - blocks[at].k0) * ld;
+      A* to = rows_of(part, blocks[at], rows);
+      if constexpr (std::is_same_v<T, bf16>) {
+        if (in_pairs) {
+          load_pairs(part.map, part.patches, tile.n, tile.v0, tile.v1, part.c0, part.c1, to, ld);
+          continue;
+        }
+      }
       load_tile<T>(part.map, part.patches, tile.n, tile.v0, tile.v1, part.c0, part.c1, to, ld);
       if (part.centred) centre_rows(p, part.k0, part.k0 + part.rows(), tile.len(), ld, to);
+    }
+    if (in_pairs) {  // what fills up a step of the units
+      const int64_t pairs = (blocks[at].rows + 1) / 2, padded = blocks[at].padded() / 2;
+      std::memset(rows + pairs * ld, 0, size_t((padded - pairs) * ld) * sizeof(A));
     }
   }
   void expect(NextTile<T>& next, const Voxels& tile, size_t block) const {
     const auto [n, v0, v1] = tile;
-    next.incoming.begin(ld);
+    next.incoming.begin(ld, in_pairs);
     for (const Part& part : blocks[block].parts)
-      if (loads(part)) next.incoming.add(part, n, v0, v1, next_rows() + (part.k0 - blocks[block].k0) * ld);
+      if (loads(part)) next.incoming.add(part, n, v0, v1, rows_of(part, blocks[block], next_rows()));
     next.incoming.over(looks_aside());
     next.ahead = Ahead();
     if (p.dy && p.same_grid()) next.ahead.template add<T>(p.dy, flat, n, v0, v1);
@@ -455,9 +479,14 @@ struct Worker {
   template <class Aside>
   void multiply_block_by_units(Aside& aside, const Block& block, const A* input_rows, int64_t len, bool add,
                                A* to) const {
-    if constexpr (std::is_same_v<A, float>)
+    if constexpr (std::is_same_v<A, float>) {
+      if (in_pairs)
+        return units->multiply_pairs(packed_for_units(p.packed, packed.inter, block, 0), parts_w,
+                                     packed.inter, input_rows, block.rows, len, ld, add, to, look<Aside>,
+                                     &aside);
       units->multiply(packed_for_units(p.packed, packed.inter, block, 0), parts_w, packed.inter, input_rows,
                       parts_x, block.rows, len, ld, add, to, look<Aside>, &aside);
+    }
   }
 
   // Makes the sums in `column`, of the voxels [v0, v1) that a vector holds, as float32 does where they are
