@@ -13,8 +13,8 @@ def keep_memory(limit: Any) -> int:
         attn_gate.keep_memory(0)          # none: what is kept is given back
         attn_gate.keep_memory(4 * 2**30)  # for volumes whose y and gradients take more
 
-    On the CPU, results of more than 8 MiB (y, the gradients of x and g, stored pre-activations) lie in blocks
-    of attn_gate's own. A freed block waits for the next result of its size, as memory on a GPU does in
+    On the CPU, results from 4 MiB on (y, the gradients of x and g, stored pre-activations) lie in blocks of
+    attn_gate's own. A freed block waits for the next result of its size, as memory on a GPU does in
     PyTorch: from the system each call would get fresh pages, which on large maps cost more than the gate.
     Where memory gets short the system takes what waits (Linux's MADV_FREE); until then it counts as the
     process's. The blocks freed first go first when the limit is reached.

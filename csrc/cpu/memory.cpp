@@ -1,10 +1,10 @@
-// Large results lie in blocks of our own, which are kept when they are freed, for the next result of that
+// Large results lie in blocks of our own, which are kept when they are freed, for the next results of their
 // size.
 //
 // From 32 MiB on (DEFAULT_MMAP_THRESHOLD_MAX) glibc maps each block anew, and takes it down when it is freed:
 // each call then meets fresh pages, which cost as much as all else that a gate does there, and several times
-// that in a virtual machine whose host takes free memory back. Smaller ones come from the heap and mostly
-// have their pages.
+// that in a virtual machine whose host takes free memory back. Smaller ones come from the heap, whose end
+// glibc gives back when more than a moving threshold is free.
 //
 // What is kept is lent to the system (MADV_FREE): where memory gets short, it takes the pages.
 #include "memory.h"
