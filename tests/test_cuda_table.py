@@ -24,13 +24,16 @@ def written():
 
 @pytest.mark.slow
 def test_traffic(written):
-    """At most 1.10 times what must move forward, and 1.15 backward, in each kernel and layout."""
+    """At most 1.10 times what must move forward, and 1.15 backward, in each kernel, dtype and layout: half of
+    the table's rows."""
     # A process of its own: in this one the kernels may be registered already, without the tracer.
-    counts = "from cuda_on_host import table; print({k: tuple(v) for k, v in table.traffic().items()})"
+    counts = """from cuda_on_host import table
+_, float32_last, bfloat16, _ = table.KINDS
+print({key: tuple(traffic) for key, traffic in table.traffic((float32_last, bfloat16)).items()})"""
     command = [sys.executable, "-c", counts]
     output = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
     counted = {key: table.Traffic(*numbers) for key, numbers in ast.literal_eval(output.stdout).items()}
-    assert len(counted) > 100
+    assert len(counted) > 50
     for key, traffic in counted.items():
         assert traffic.ratio <= (1.10 if key[0] == "gate_forward" else 1.15), (key, traffic)
         assert traffic.passes <= 1.7, (key, traffic)

@@ -26,14 +26,15 @@ struct Set {
   const char* name;
   const Kernels* of[4];
 };
-#define ATTN_GATE_SET(isa)                                                                            \
+#define ATTN_GATE_SET_(isa)                                                                           \
   {                                                                                                   \
     #isa, { &kernels_##isa##_f32, &kernels_##isa##_f64, &kernels_##isa##_bf16, &kernels_##isa##_f16 } \
   }
+#define ATTN_GATE_SET(isa) ATTN_GATE_SET_(isa)
 
 const Set& pick() {
-  static constexpr Set any = ATTN_GATE_SET(default);
-#if defined(__x86_64__)
+  static constexpr Set any = ATTN_GATE_SET(ATTN_GATE_BASELINE);
+#if defined(ATTN_GATE_AVX512)
   static constexpr Set with_avx512 = ATTN_GATE_SET(avx512);
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   const bool at_most_default = wanted && !std::strcmp(wanted, "default");

@@ -233,10 +233,10 @@ struct Worker {
   const std::vector<Block> blocks;       // at least one
   const std::vector<Block> norm_blocks;  // those of matrix units, where batch norms come between
   const int64_t depth;                   // rows of the largest of them
-  const int held;   // inputs: this block's, the next one's, that of the tile before if its y is to come
-  Buffer<A> input;  // [held][padded_depth()][ld]: patches of x, then g
-  const int parts_w, parts_x;  // bfloat16 that a weight, and a value of the input, is the sum of
   const bool in_pairs;  // whether the input is as matrix units take it (pairs.h); backward needs the rows too
+  const int held;       // inputs: this block's, the next one's, that of the tile before if its y is to come
+  Buffer<A> input;      // [held][padded_depth()][ld]: patches of x, then g
+  const int parts_w, parts_x;  // bfloat16 that a weight, and a value of the input, is the sum of
   // The same of ds, whose products are rounded to T, or summed with others of such maps.
   static constexpr int kPartsOfSums = std::is_same_v<T, bf16> ? 2 : 3;
   A* rows;        // this block's of them
@@ -255,18 +255,19 @@ struct Worker {
         blocks(blocks_of(p_, patches, flat, layout.depth)),
         norm_blocks(units && p.norms ? blocks_for_units(p, patches, flat, layout.depth)
                                      : std::vector<Block>()),
-        depth(most_rows(blocks)), held(!p.hides_memory() ? 1
-                                       : holds_x()       ? 3
-                                                         : 2),
+        depth(most_rows(blocks)),
+        in_pairs(std::is_same_v<T, bf16> && units && !backward && come_in_pairs(blocks)),
+        held(!p.hides_memory() ? 1
+             : holds_x()       ? 3
+                               : 2),
         input(held * padded_depth() * ld), parts_w(units && narrow_weights() ? 1 : 3),
         parts_x(p.centre_x || p.centre_g  ? 3
                 : std::is_same_v<T, bf16> ? 1
                 : std::is_same_v<T, f16>  ? 2
                                           : 3),
-        in_pairs(std::is_same_v<T, bf16> && units && !backward && come_in_pairs(blocks)), rows(input),
-        sums(units && p.norms             ? 2 * packed.inter * ld
-             : units || blocks.size() > 1 ? packed.inter * ld
-                                          : 0),
+        rows(input), sums(units && p.norms             ? 2 * packed.inter * ld
+                          : units || blocks.size() > 1 ? packed.inter * ld
+                                                       : 0),
         given((has_given || p_.preact) ? packed.inter * ld : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
     if (units) units->acquire();

@@ -5,11 +5,13 @@ python tests/cuda_on_host/table.py      makes it anew: two to five minutes
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from cuda_on_host import backend, build
 FILE = build.ROOT / "bench" / "cuda_kernels.md"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 DTYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
+KINDS = tuple(itertools.product((torch.float32, torch.bfloat16), ("contiguous", "channels_last")))
 THREADS = 256
 # Of a multiprocessor: threads, and KiB of shared memory; every block takes one more than it asks for.
 LIMITS = {"sm_80": (2048, 164), "sm_90": (2048, 228), "sm_100": (2048, 228), "sm_120": (1536, 100)}
@@ -56,7 +59,7 @@ def resources(architectures: tuple[str, ...] = ARCHITECTURES) -> dict[tuple[str,
     return table
 
 
-def traffic() -> dict[tuple[str, str, str, str], Traffic]:
+def traffic(kinds: Iterable[tuple[torch.dtype, str]] = KINDS) -> dict[tuple[str, str, str, str], Traffic]:
     """(kernel, gate, dtype, layout) -> what it moves; WHOLE is all kernels of that pass together.
 
     At sizes that fill the chip; for the host to get through, that has one multiprocessor.
@@ -66,34 +69,31 @@ def traffic() -> dict[tuple[str, str, str, str], Traffic]:
     kernels = torch.ops.attn_gate_cuda_host_kernels
     table = {}
     for gate, (fine, coarse, gating, channels, mode) in GATES.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            for layout in ("contiguous", "channels_last"):
-                torch.manual_seed(0)
-                inter = channels // 2
-                shapes = (1, channels, *fine), (1, inter, *coarse), (1, inter, *gating), (1, channels, *fine)
-                x, theta, phi, dy = (_map(shape, dtype, layout) for shape in shapes)
-                psi, modes = torch.randn(inter), (mode, mode, "relu")
-                module.take_launches()
-                y, alpha = kernels.gate_fwd(x, theta, phi, psi, None, *modes)
-                key = (gate, str(dtype).removeprefix("torch."), layout)
-                forward = module.take_launches()
-                table[("gate_forward", *key)] = _counted(forward, (x, theta, phi, psi), (y, alpha))
-                dx, dtheta, dphi, *dpsi = kernels.gate_bwd(
-                    dy, None, x, theta, phi, psi, alpha, *modes, 0b11111
-                )
-                launches = module.take_launches()
-                behind = (theta, phi, psi, alpha), (dtheta, dphi)
-                if len(launches) == 3:
-                    dfine = torch.empty(1, *fine)
-                    name = "phi_backward" if coarse != gating else "gate_backward, chain"
-                    stream = _counted(launches[:1], (dy, x, alpha), (dx, dfine))
-                    table[("gate_backward, stream", *key)] = stream
-                    table[(name, *key)] = _counted(launches[1:2], (*behind[0], dfine), behind[1])
-                else:
-                    read = dy, x, *behind[0]
-                    table[("gate_backward", *key)] = _counted(launches[:1], read, (dx, *behind[1]))
-                whole = (dy, x, *behind[0]), (dx, *behind[1], *dpsi)
-                table[(WHOLE, *key)] = _counted(launches, *whole)
+        for dtype, layout in kinds:
+            torch.manual_seed(0)
+            inter = channels // 2
+            shapes = (1, channels, *fine), (1, inter, *coarse), (1, inter, *gating), (1, channels, *fine)
+            x, theta, phi, dy = (_map(shape, dtype, layout) for shape in shapes)
+            psi, modes = torch.randn(inter), (mode, mode, "relu")
+            module.take_launches()
+            y, alpha = kernels.gate_fwd(x, theta, phi, psi, None, *modes)
+            key = (gate, str(dtype).removeprefix("torch."), layout)
+            forward = module.take_launches()
+            table[("gate_forward", *key)] = _counted(forward, (x, theta, phi, psi), (y, alpha))
+            dx, dtheta, dphi, *dpsi = kernels.gate_bwd(dy, None, x, theta, phi, psi, alpha, *modes, 0b11111)
+            launches = module.take_launches()
+            behind = (theta, phi, psi, alpha), (dtheta, dphi)
+            if len(launches) == 3:
+                dfine = torch.empty(1, *fine)
+                name = "phi_backward" if coarse != gating else "gate_backward, chain"
+                stream = _counted(launches[:1], (dy, x, alpha), (dx, dfine))
+                table[("gate_backward, stream", *key)] = stream
+                table[(name, *key)] = _counted(launches[1:2], (*behind[0], dfine), behind[1])
+            else:
+                read = dy, x, *behind[0]
+                table[("gate_backward", *key)] = _counted(launches[:1], read, (dx, *behind[1]))
+            whole = (dy, x, *behind[0]), (dx, *behind[1], *dpsi)
+            table[(WHOLE, *key)] = _counted(launches, *whole)
     return table
 
 
