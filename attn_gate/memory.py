@@ -13,15 +13,16 @@ def keep_memory(limit: Any) -> int:
         attn_gate.keep_memory(0)          # none: what is kept is given back
         attn_gate.keep_memory(4 * 2**30)  # for volumes whose y and gradients take more
 
-    On the CPU, results from 4 MiB on (y, the gradients of x and g, stored pre-activations) lie in blocks of
-    attn_gate's own. A freed block waits for the next result of its size, as memory on a GPU does in
-    PyTorch: from the system each call would get fresh pages, which on large maps cost more than the gate.
+    On the CPU, results and workspaces from 4 MiB on (y, the gradients of x and g, stored pre-activations) lie
+    in blocks of attn_gate's own. A freed block waits for the next result of its size, as memory on a GPU
+    does in PyTorch: from the system each call would get fresh pages, which on large maps cost more than the
+    gate.
     Where memory gets short the system takes what waits (Linux's MADV_FREE); until then it counts as the
     process's. The blocks freed first go first when the limit is reached.
 
-    Such results are tensors as any, but can't grow in place (`resize_`), and PyTorch's memory profiler
-    doesn't see them. With 0 they come from PyTorch's allocator. Linux and torch >= 2.11; elsewhere they
-    always do.
+    Such results are tensors as any, but their storage can't be resized (by a `resize_` that grows, say), and
+    PyTorch's memory profiler doesn't see them. With 0 they come from PyTorch's allocator. Linux and torch >=
+    2.11; elsewhere they always do.
 
     Args:
         limit: bytes, for the whole process.

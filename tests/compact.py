@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 from matrix import DTYPES, EDGES, LAYOUTS, STREAMED, compare, recomputes
 
+from attn_gate import keep_memory
 from attn_gate._library import cpu_isa
 from attn_gate.cases import CASES, OPERATORS
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    keep_memory(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(7).isnan().all()

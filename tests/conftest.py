@@ -1,11 +1,12 @@
-"""For all tests: one thread, since most are too small for two, and a seed; what several files need."""
+"""For all tests: one thread, since most are too small for two, a seed, and large results in memory of
+PyTorch's allocator, which tools that check memory watch; what several files need."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from attn_gate import patch
+from attn_gate import keep_memory, patch
 
 # Whose longest tests take a minute: begun last, one of them would keep one core busy while the others wait.
 FIRST = ("test_cuda_sanitizers.py", "test_cuda_table.py", "test_packaging.py", "test_triton.py")
@@ -16,12 +17,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_a_seed():
-    threads = torch.get_num_threads()
+def _one_thread_a_seed_and_nothing_kept():
+    threads, limit = torch.get_num_threads(), keep_memory(0)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+    keep_memory(limit)
 
 
 @pytest.fixture

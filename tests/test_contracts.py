@@ -18,7 +18,7 @@ from raw_operators import refuses_what_does_not_fit
 from torch import Tensor
 from torch.testing import assert_close
 
-from attn_gate import AttentionGate, backends, functional, keep_memory, namespaces, reference
+from attn_gate import AttentionGate, backends, functional, namespaces, reference
 from attn_gate._library import cpu_isa
 from attn_gate.cases import CASES, OPERATORS, GateCase, channels_last
 from attn_gate.reference import ACTIVATIONS, RESIZE_MODES
@@ -36,9 +36,7 @@ def poison():
     """Memory from torch.empty holds NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(7).isnan().all()
-    limit = keep_memory(0)  # for large results too
     yield
-    keep_memory(limit)
     torch.use_deterministic_algorithms(False)
 
 
@@ -563,6 +561,8 @@ def test_bad_arguments(operator, argument, value, exception, message):
 def test_raw_operators_check_what_reaches_memory():
     """torch.ops.attn_gate.* can be called by anybody: shapes, dtypes and devices are checked there again."""
     refuses_what_does_not_fit(torch.ops.attn_gate)
+    with pytest.raises(RuntimeError, match="limit is a number of bytes, got -1"):
+        torch.ops.attn_gate.keep_memory(-1)
 
 
 # -------------------------------------------------------------------------------------------------- backends

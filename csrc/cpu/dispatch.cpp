@@ -60,7 +60,10 @@ constexpr int kTileData = 18;                      // XFEATURE_XTILEDATA
 
 bool find_units() {
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
-  if (std::strcmp(instruction_set(), "avx512") || (wanted && !std::strcmp(wanted, "avx512"))) return false;
+  if (std::strcmp(instruction_set(), "avx512")) return false;
+  static constexpr const char* without[] = {"default", "avx2", "avx512"};
+  for (const char* set : without)
+    if (wanted && !std::strcmp(wanted, set)) return false;
   unsigned a, b, c, d;
   constexpr unsigned tile = 1u << 24, bf16 = 1u << 22;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tile) || !(d & bf16)) return false;

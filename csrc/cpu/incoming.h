@@ -25,7 +25,7 @@ struct Part {
            patches.map.voxels() == patches.map.w;
   }
   template <class A>
-  bool in_pairs() const {
+  bool in_patches() const {
     return !map.channels_last && !centred && patches.kernel.w == 2 && patches.stride.w == 2 &&
            patches.coarse.w % kLanes<A> == 0;
   }
@@ -52,7 +52,7 @@ class Incoming {
     parts_ = 0, rows_ = 0, ld_ = ld, in_pairs_ = in_pairs;
     copied_ = fetched_ = Cursor();
   }
-  // Adds the voxels [v0, v1) of sample n, at most kVoxels, of a part that is in rows or in pairs.
+  // Adds the voxels [v0, v1) of sample n, at most kVoxels, of a part that is in rows or in patches.
   void add(const Part& part, int64_t n, int64_t v0, int64_t v1, A* to) {
     if (v0 >= v1 || part.rows() == 0) return;
     Source& source = sources_[parts_];
@@ -64,7 +64,7 @@ class Incoming {
     source.kernel = part.patches.kernel;
     source.patches = !part.in_rows();
     source.len = v1 - v0;
-    source.second = 0;
+    source.second = 0, source.odd = false;
     if (in_pairs_ && part.in_rows()) {
       source.second = source.pitch;
       source.odd = source.channels % 2 != 0;
@@ -143,7 +143,7 @@ class Incoming {
   inline __attribute__((always_inline)) void copy() {
     Source& source = sources_[copied_.part];
     const int64_t* at = at_[copied_.part];
-    const bool alone = source.odd && copied_.c + 1 == source.channels;
+    [[maybe_unused]] const bool alone = source.odd && copied_.c + 1 == source.channels;
     const T* from = take(copied_);
     A* to = source.to;
     if constexpr (std::is_same_v<T, bf16>) {

@@ -13,12 +13,14 @@
 
 #include "problem.h"
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <deque>
 #include <mutex>
+#include <new>
 #include <optional>
 
 // From torch 2.11 on; without it results lie in memory of torch's.
@@ -56,6 +58,8 @@ Block map(int64_t bytes) {
   return {data, bytes};
 }
 
+void unmap(const Block& block) { munmap(block.data, size_t(block.bytes)); }
+
 class Keeper {
  public:
   int64_t limit() const { return limit_; }
@@ -65,11 +69,9 @@ class Keeper {
     shrink(bytes);
     return was;
   }
-  // The smallest that is large enough and less than a quarter too large, of these the one freed last. Whoever
-  // finds the mutex locked goes on without what is kept: a forked child of a thread that had it, too.
+  // The smallest that is large enough and at most a quarter too large, of these the one freed last.
   std::optional<Block> take(int64_t bytes) {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock) return std::nullopt;
+    const std::lock_guard lock(mutex_);
     auto best = blocks_.end();
     for (auto b = blocks_.begin(); b != blocks_.end(); ++b)
       if (b->bytes >= bytes && b->bytes <= bytes + bytes / 4 &&
@@ -81,16 +83,17 @@ class Keeper {
     held_ -= block.bytes;
     return block;
   }
-  void give_back(Block block) {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || block.bytes > limit_) {
-      munmap(block.data, size_t(block.bytes));
-      return;
-    }
+  void give_back(const Block& block) noexcept {
+    if (block.bytes > limit_) return unmap(block);
 #if defined(MADV_FREE)
     madvise(block.data, size_t(block.bytes), MADV_FREE);
 #endif
-    blocks_.push_back(block);
+    const std::lock_guard lock(mutex_);
+    try {
+      blocks_.push_back(block);
+    } catch (const std::bad_alloc&) {
+      return unmap(block);
+    }
     held_ += block.bytes;
     shrink(limit_);
   }
@@ -98,12 +101,15 @@ class Keeper {
     const std::lock_guard lock(mutex_);
     shrink(0);
   }
+  // A forked child must not find it locked by a thread that it doesn't have.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   void shrink(int64_t most) {
     for (; held_ > most; blocks_.pop_front()) {
       held_ -= blocks_.front().bytes;
-      munmap(blocks_.front().data, size_t(blocks_.front().bytes));
+      unmap(blocks_.front());
     }
   }
   std::mutex mutex_;
@@ -113,7 +119,12 @@ class Keeper {
 };
 
 Keeper& keeper() {
-  static Keeper* const never_destroyed = new Keeper;  // results may be freed after static objects
+  static Keeper* const never_destroyed = [] {  // results may be freed after static objects
+    const auto lock = [] { keeper().lock(); };
+    const auto unlock = [] { keeper().unlock(); };
+    pthread_atfork(lock, unlock, unlock);
+    return new Keeper;
+  }();
   return *never_destroyed;
 }
 
@@ -163,6 +174,7 @@ Tensor new_tensor(const Tensor& like, const Ints& shape, ScalarType dtype, Memor
     };
     AtenTensorHandle handle = nullptr;
     if (block.data) {
+      // Where this fails the block stays lost: it may have been given back already.
       STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
           block.data, int64_t(shape.size()), shape.data(), strides.data(), 0,
           torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
@@ -200,10 +212,10 @@ bool has_pages(const Tensor& t) {
 }
 
 int64_t keep_memory(int64_t limit) {
+  STD_TORCH_CHECK(limit >= 0, "attn_gate: limit is a number of bytes, got ", limit);
 #if defined(__linux__)
   return keeper().set_limit(limit);
 #else
-  (void)limit;
   return 0;
 #endif
 }

@@ -540,7 +540,7 @@ struct Worker {
 
   // Whether a part's rows can be loaded between the steps of a product.
   bool loads(const Part& part) const {
-    return p.hides_memory() && (part.in_rows() || part.template in_pairs<A>());
+    return p.hides_memory() && (part.in_rows() || part.template in_patches<A>());
   }
   // The sum over the blocks up to this one: bias + W's columns times these rows.
   template <int NV, class Aside>

@@ -1,5 +1,6 @@
 // Tiles: a run of voxels of a feature map as rows [channels * taps][ld] of the accumulation type, whatever
-// the map's dtype and layout. All algorithms work on tiles; only this file knows how maps lie in memory.
+// the map's dtype and layout. All algorithms work on tiles; only this file, and for the input to come
+// incoming.h and pairs.h, know how maps lie in memory.
 #pragma once
 #include <memory>
 
@@ -15,8 +16,7 @@ template <class A>
 class Buffer {
  public:
   explicit Buffer(int64_t n)
-      : data_(n > 0 ? static_cast<A*>(::operator new(size_t(n) * sizeof(A), std::align_val_t(64)))
-                    : nullptr) {}
+      : data_(static_cast<A*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(A), std::align_val_t(64)))) {}
   ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
