@@ -1,12 +1,13 @@
-"""For all tests: one thread, since most are too small for two, a seed, and large results in memory of
-PyTorch's allocator, which tools that check memory watch; what several files need."""
+"""For all tests: one thread, since most are too small for two, a seed, large results in memory of PyTorch's
+allocator, which tools that check memory watch, and the same decisions on every maker's CPU; what several
+files need."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from attn_gate import keep_memory, patch
+from attn_gate import keep_memory, patch, pointwise
 
 # Whose longest tests take a minute: begun last, one of them would keep one core busy while the others wait.
 FIRST = ("test_cuda_sanitizers.py", "test_cuda_table.py", "test_packaging.py", "test_triton.py")
@@ -24,6 +25,11 @@ def _one_thread_a_seed_and_nothing_kept():
     yield
     torch.set_num_threads(threads)
     keep_memory(limit)
+
+
+@pytest.fixture(autouse=True)
+def _products_pay_as_on_intel(monkeypatch):
+    monkeypatch.setattr(pointwise, "_IS_AMD", False)
 
 
 @pytest.fixture

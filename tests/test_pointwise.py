@@ -108,6 +108,21 @@ def test_where_pytorch_is_better_it_is_pytorch(monkeypatch):
     assert not pointwise.serves(layer, x)
 
 
+def test_on_amd_small_or_large_layers_are_products(monkeypatch):
+    monkeypatch.setattr(pointwise, "_IS_AMD", True)
+    monkeypatch.setattr(pointwise, "_CPU", {"avx512_bf16": True})
+    small, middle, large = nn.Conv2d(64, 32, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(512, 256, 1)
+    x = torch.empty(1, 64, 8, 8)
+    assert pointwise.serves(small, x) and not pointwise.serves(middle, x)
+    assert pointwise.serves(middle, torch.empty(1, 64, 256, 256))
+    assert not pointwise.serves(large, torch.empty(1, 512, 128, 128))
+    assert pointwise.serves(middle, x.bfloat16()) and not pointwise.serves(small, x.half())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pointwise.serves(middle, x)
+    monkeypatch.setattr(pointwise, "_CPU", {})
+    assert not pointwise.serves(middle, x.bfloat16())
+
+
 def test_bad_channels_get_pytorch_s_error():
     with pytest.raises(RuntimeError, match="expected input"):
         pointwise.call(nn.Conv2d(8, 8, 1), torch.randn(2, 4, 4, 4))
