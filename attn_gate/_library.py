@@ -57,8 +57,8 @@ ops = torch.ops.attn_gate
 
 
 def cpu_isa() -> str:
-    """The instruction set of the CPU kernels that run here: default, avx2, avx512, or amx (avx512 and
-    matrix units)."""
+    """The instruction set of the CPU kernels that run here: default, avx2, avx512, avx512_bf16 (avx512 and
+    dot products of bfloat16) or amx (avx512 and matrix units)."""
     return ops.cpu_isa()
 
 

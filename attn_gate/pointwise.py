@@ -53,9 +53,9 @@ def serves(layer: nn.Module, x: Tensor) -> bool:
 def pays(layer: nn.Module, x: Tensor) -> bool:
     """Whether the product is faster than the convolution of contiguous maps: except on CPUs of AMD's always.
 
-    Measured there, on 2 cores of a Zen 5, time against the convolution's, inference and step: float32 0.15 to 1.05
-    up to 2^11 weights (1.2 to 2.0 above, but 0.5 to 1.1 on maps of 16 MiB or more), bfloat16 0.2 to 1.0,
-    float16 1.7 to 2.0.
+    Measured there, on 2 cores of a Zen 5, time against the convolution's, inference and step: float32 0.15 to
+    0.93 up to 2^10 weights, 0.3 to 1.2 at 2^11, 0.5 to 2.0 above, but 0.5 to 1.1 on maps of 16 MiB or more;
+    bfloat16 0.2 to 1.0, float16 1.7 to 2.0.
     """
     if not _IS_AMD:
         return True
@@ -63,7 +63,7 @@ def pays(layer: nn.Module, x: Tensor) -> bool:
     if dtype == torch.bfloat16:
         return _CPU.get("avx512_bf16", False)
     large = x.numel() * x.element_size() >= 2**24
-    return dtype == torch.float32 and layer.in_channels * layer.out_channels <= (2**16 if large else 2**11)
+    return dtype == torch.float32 and layer.in_channels * layer.out_channels <= (2**16 if large else 2**10)
 
 
 def convolve(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,7 +20,8 @@
 
 namespace {
 std::string cpu_isa() {
-  return attn_gate::cpu::has_matrix_units() ? "amx" : attn_gate::cpu::instruction_set();
+  if (attn_gate::cpu::has_matrix_units()) return "amx";
+  return attn_gate::cpu::dot_products() ? "avx512_bf16" : attn_gate::cpu::instruction_set();
 }
 }  // namespace
 

@@ -309,7 +309,7 @@ def run_compact(**variables):
 )  # amx, where there is, runs all the other tests
 def test_every_instruction_set(isa):
     """All that this machine has, in a process each; new scratch memory is full of huge numbers."""
-    order = ("default", "avx2", "avx512", "amx")
+    order = ("default", "avx2", "avx512", "avx512_bf16", "amx")
     if order.index(isa) > order.index(cpu_isa() if not os.environ.get("ATEN_CPU_CAPABILITY") else "avx512"):
         pytest.skip(f"this machine has no {isa}")
     done = run_compact(ATEN_CPU_CAPABILITY=isa, MALLOC_PERTURB_="128")

@@ -111,7 +111,7 @@ def test_where_pytorch_is_better_it_is_pytorch(monkeypatch):
 def test_on_amd_small_or_large_layers_are_products(monkeypatch):
     monkeypatch.setattr(pointwise, "_IS_AMD", True)
     monkeypatch.setattr(pointwise, "_CPU", {"avx512_bf16": True})
-    small, middle, large = nn.Conv2d(64, 32, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(512, 256, 1)
+    small, middle, large = nn.Conv2d(64, 16, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(512, 256, 1)
     x = torch.empty(1, 64, 8, 8)
     assert pointwise.serves(small, x) and not pointwise.serves(middle, x)
     assert pointwise.serves(middle, torch.empty(1, 64, 256, 256))

@@ -19,13 +19,18 @@ struct Config {
 };
 // In static memory: GCC tells its optimiser that the instruction reads only the first 8 bytes.
 const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+int64_t asides_of(int64_t inter, int64_t depth, int64_t len) {
+  const int64_t blocks =
+      (inter + 2 * kTileRows - 1) / (2 * kTileRows) * ((len + 2 * kVoxels - 1) / (2 * kVoxels));
+  return blocks * ((depth + kDepth - 1) / kDepth);
+}
+
 void acquire() { _tile_loadconfig(&config); }
 void release() { _tile_release(); }
 
 // Takes off x its leading 16 bits. Cut, not rounded: what is left keeps NaN a NaN, and makes infinity one.
 inline void take_off(Vec<float>& x) { x -= (Vec<float>)((Words)x & 0xffff0000u); }
 
-typedef uint16_t AllHalves __attribute__((vector_size(kBytes)));
 // The leading 16 bits of each element of a and of b, in turn.
 template <size_t... L>
 inline AllHalves leading_bits(Vec<float> a, Vec<float> b, std::index_sequence<L...>) {
@@ -294,7 +299,7 @@ void multiply_pairs(const uint16_t* w, int parts_w, int64_t inter, const float* 
 
 }  // namespace
 
-const MatrixUnits amx = {acquire, release, pack, multiply, multiply_pairs};
+const MatrixUnits amx = {3, acquire, release, asides_of, pack, multiply, multiply_pairs};
 
 }  // namespace attn_gate::cpu
 #endif

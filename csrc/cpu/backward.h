@@ -196,7 +196,7 @@ void add_weights_by_units(const Worker<T>& work, Aside& aside, int64_t k0, int64
       work.units->pack(row, r % MatrixUnits::kRows, padded, work.parts_x,
                        packed + r / MatrixUnits::kRows * MatrixUnits::kRows * 3 * padded);
     }
-    work.units->multiply(packed, work.parts_x, some, ds_t, work.kPartsOfSums, len, Ip, Ip, !first,
+    work.units->multiply(packed, work.parts_x, some, ds_t, work.parts_of_sums, len, Ip, Ip, !first,
                          sums + (k - k0) * Ip, look<Aside>, &aside);
   }
 }

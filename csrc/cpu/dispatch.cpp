@@ -53,17 +53,22 @@ const Set& pick() {
   return any;
 }
 
+// Whether ATEN_CPU_CAPABILITY leaves what goes beyond AVX-512.
+[[maybe_unused]] bool beyond_avx512() {
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  static constexpr const char* without[] = {"default", "avx2", "avx512"};
+  for (const char* set : without)
+    if (wanted && !std::strcmp(wanted, set)) return false;
+  return !std::strcmp(instruction_set(), "avx512");
+}
+
 #if defined(ATTN_GATE_AMX)
 // Linux lends the units' registers to a process that asks for them (Documentation/arch/x86/xstate.rst).
 constexpr int kSupported = 0x1021, kAsk = 0x1023;  // ARCH_GET_XCOMP_SUPP, ARCH_REQ_XCOMP_PERM
 constexpr int kTileData = 18;                      // XFEATURE_XTILEDATA
 
 bool find_units() {
-  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
-  if (std::strcmp(instruction_set(), "avx512")) return false;
-  static constexpr const char* without[] = {"default", "avx2", "avx512"};
-  for (const char* set : without)
-    if (wanted && !std::strcmp(wanted, set)) return false;
+  if (!beyond_avx512()) return false;
   unsigned a, b, c, d;
   constexpr unsigned tile = 1u << 24, bf16 = 1u << 22;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tile) || !(d & bf16)) return false;
@@ -92,6 +97,14 @@ bool has_matrix_units() {
 const MatrixUnits* matrix_units() {
   static const MatrixUnits* const lent = ask_for_units();
   return lent;
+}
+const MatrixUnits* dot_products() {
+#if defined(ATTN_GATE_DOTS)
+  static const bool found = beyond_avx512() && __builtin_cpu_supports("avx512bf16");
+  return found ? &dots : nullptr;
+#else
+  return nullptr;
+#endif
 }
 const Kernels& kernels(DType dtype) { return *chosen().of[int(dtype)]; }
 const char* instruction_set() { return chosen().name; }

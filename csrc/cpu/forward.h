@@ -18,6 +18,14 @@ template <class A, class X, class T>
 inline __attribute__((always_inline)) void weigh_row(const X* x, const A* alpha, T* y, int64_t n,
                                                      bool streams) {
   int64_t i = 0;
+  if constexpr (std::is_same_v<T, bf16>) {
+    const bool past = streams && begins_line(y);
+    for (constexpr int lanes = kLanes<A>; i + 2 * lanes <= n; i += 2 * lanes) {
+      const AllHalves both = rounded_to_bf16(load_as<A>(x + i) * load(alpha + i),
+                                             load_as<A>(x + i + lanes) * load(alpha + i + lanes));
+      past ? stream(y + i, both) : void(std::memcpy(y + i, &both, sizeof both));
+    }
+  }
   if (streams && begins_line(y))
     for (; i + kLanes<A> <= n; i += kLanes<A>) stream_as<A>(y + i, load_as<A>(x + i) * load(alpha + i));
   for (; i + kLanes<A> <= n; i += kLanes<A>) store_as<A>(y + i, load_as<A>(x + i) * load(alpha + i));
@@ -78,6 +86,14 @@ class Weigh {
     for (int64_t i = 0; i < len_; i += int64_t(64 / sizeof(T))) __builtin_prefetch(to + i, 1, 3);
   }
   inline __attribute__((always_inline)) void row(int64_t r) {
+    T* y = y_ + r * voxels_ + v_;
+    const bool plain = tile_ && streams_ && len_ % kLanes<A> == 0 && begins_line(y);
+    if (__builtin_expect(!plain, 0)) return row_other(r);
+    const A *alpha = alpha_ + v_, *x = tile_ + r * ld_;
+    for (int64_t i = 0; i < len_; i += kLanes<A>) stream_as<A>(y + i, load(x + i) * load(alpha + i));
+  }
+  // Out of line as Incoming's other rows are.
+  __attribute__((noinline, cold)) void row_other(int64_t r) {
     const A* alpha = alpha_ + v_;
     if (channels_last_) {
       const int64_t first = r * kVoxels, at = (v_ + first) * channels_;

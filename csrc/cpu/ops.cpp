@@ -147,7 +147,7 @@ struct Call {
     if (empty()) return;
     layout = kernels(p.dtype).layout(p, false);
     allocate_packed();
-    run_forward(p);
+    run_forward(p, layout);
   }
   // Parameter gradients are then read by sum().
   void backward(bool weight_grads) {

@@ -6,6 +6,16 @@
 namespace attn_gate::cpu {
 namespace {
 
+// to[i] = a[i], b[i] of two vectors' worth of voxels.
+template <size_t... L>
+inline void pair_halves(const bf16* a, const bf16* b, float* to, std::index_sequence<L...>) {
+  constexpr int n = 2 * kLanes<float>;
+  AllHalves from_a, from_b;
+  std::memcpy(&from_a, a, sizeof from_a);
+  std::memcpy(&from_b, b, sizeof from_b);
+  store(to, (Vec<float>)__builtin_shufflevector(from_a, from_b, int(L / 2 + L % 2 * n)...));
+  store(to + n / 2, (Vec<float>)__builtin_shufflevector(from_a, from_b, int(n / 2 + L / 2 + L % 2 * n)...));
+}
 // to[i] = a[i], b[i] of n voxels, or a[i], 0 where there is no b; zeros up to the next whole vector.
 inline void pair_rows(const bf16* a, const bf16* b, float* to, int64_t n) {
   constexpr int lanes = kLanes<float>;
@@ -15,6 +25,8 @@ inline void pair_rows(const bf16* a, const bf16* b, float* to, int64_t n) {
     return __builtin_convertvector(halves, Words);
   };
   int64_t i = 0;
+  for (; b && i + 2 * lanes <= n; i += 2 * lanes)
+    pair_halves(a + i, b + i, to + i, std::make_index_sequence<size_t(2 * lanes)>{});
   for (; i + lanes <= n; i += lanes)
     store(to + i, (Vec<float>)(b ? words(a + i) | words(b + i) << 16 : words(a + i)));
   for (const int64_t padded = round_up(n, lanes); i < padded; ++i)

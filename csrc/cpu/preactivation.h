@@ -238,7 +238,7 @@ struct Worker {
   Buffer<A> input;      // [held][padded_depth()][ld]: patches of x, then g
   const int parts_w, parts_x;  // bfloat16 that a weight, and a value of the input, is the sum of
   // The same of ds, whose products are rounded to T, or summed with others of such maps.
-  static constexpr int kPartsOfSums = std::is_same_v<T, bf16> ? 2 : 3;
+  const int parts_of_sums;
   A* rows;        // this block's of them
   size_t at = 0;  // which block that is
   // [I][ld], of the blocks before, where there are several; of all for matrix units, and behind batch norms
@@ -265,6 +265,9 @@ struct Worker {
                 : std::is_same_v<T, bf16> ? 1
                 : std::is_same_v<T, f16>  ? 2
                                           : 3),
+        parts_of_sums(!units                                        ? 0
+                      : std::is_same_v<T, bf16> && units->parts > 2 ? 2
+                                                                    : units->parts),
         rows(input), sums(units && p.norms             ? 2 * packed.inter * ld
                           : units || blocks.size() > 1 ? packed.inter * ld
                                                        : 0),
@@ -316,15 +319,15 @@ struct Worker {
     if (units) {
       int64_t looks = 0;
       if (makes_s() && p.norms) {
-        for (const Block& block : norm_blocks) looks += MatrixUnits::asides_of(packed.inter, block.rows, ld);
+        for (const Block& block : norm_blocks) looks += units->asides_of(p.inter, block.rows, ld);
       } else if (makes_s()) {
-        looks += MatrixUnits::asides_of(packed.inter, blocks[at].rows, ld);
+        looks += units->asides_of(p.inter, blocks[at].rows, ld);
       }
-      if (p.dx && p.uses_x()) looks += MatrixUnits::asides_of(p.rows_x(), p.inter, ld);
-      if (p.dg) looks += MatrixUnits::asides_of(p.rows_g(), p.inter, ld);
+      if (p.dx && p.uses_x()) looks += units->asides_of(p.rows_x(), p.inter, ld);
+      if (p.dg) looks += units->asides_of(p.rows_g(), p.inter, ld);
       if (sums_weights)
-        looks += MatrixUnits::asides_of(p.rows_x(), ld, packed.inter) +
-                 MatrixUnits::asides_of(p.rows_g(), ld, packed.inter);
+        looks +=
+            units->asides_of(p.rows_x(), ld, packed.inter) + units->asides_of(p.rows_g(), ld, packed.inter);
       return looks;
     }
     const int64_t panels = (ld + kCols * kLanes<A> - 1) / (kCols * kLanes<A>),
@@ -466,7 +469,7 @@ struct Worker {
                               A* out) const {
     if constexpr (std::is_same_v<A, float>)
       units->multiply(packed_back_for_units(packed, p.inter, of_x ? 0 : packed.rows_x), parts_w, rows, ds,
-                      kPartsOfSums, p.inter, len, ld, add, out, look<Aside>, &aside);
+                      parts_of_sums, p.inter, len, ld, add, out, look<Aside>, &aside);
   }
 
   // sums = or += W's columns times this block's rows; behind batch norms of theta and of phi apart.
@@ -482,9 +485,8 @@ struct Worker {
                                A* to) const {
     if constexpr (std::is_same_v<A, float>) {
       if (in_pairs)
-        return units->multiply_pairs(packed_for_units(p.packed, packed.inter, block, 0), parts_w,
-                                     packed.inter, input_rows, block.rows, len, ld, add, to, look<Aside>,
-                                     &aside);
+        return units->multiply_pairs(packed_for_units(p.packed, packed.inter, block, 0), parts_w, p.inter,
+                                     input_rows, block.rows, len, ld, add, to, look<Aside>, &aside);
       units->multiply(packed_for_units(p.packed, packed.inter, block, 0), parts_w, packed.inter, input_rows,
                       parts_x, block.rows, len, ld, add, to, look<Aside>, &aside);
     }

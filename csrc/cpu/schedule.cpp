@@ -109,9 +109,8 @@ int64_t groups_of(const Problem& p, const Layout& layout) {
   return std::max<int64_t>(1, std::min(most, tiles_of(p, layout)));
 }
 
-void run_forward(Problem p) {
+void run_forward(Problem p, const Layout& layout) {
   const Kernels& k = kernels(p.dtype);
-  const Layout layout = k.layout(p, false);
   parallel(0, layout.pack_units, [&](int64_t b, int64_t e) { k.pack(p, layout, false, b, e); });
   const Pieces pieces(p, kForwardPiece);
   const int64_t count = pieces.count;

@@ -4,7 +4,7 @@
 
 namespace attn_gate::cpu {
 
-void run_forward(Problem p);
+void run_forward(Problem p, const Layout& layout);
 void run_apply(const Problem& p);
 // The parameter gradients then lie in group 0 of p.partial, where the layout says.
 void run_backward(Problem p, const Layout& layout, int64_t groups);

@@ -53,6 +53,7 @@ inline void store(A* p, Vec<A> v) {
   std::memcpy(p, &v, sizeof v);
 }
 typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
+typedef uint16_t AllHalves __attribute__((vector_size(kBytes)));
 typedef uint32_t Words __attribute__((vector_size(kBytes)));
 
 // A vector of A from one of what elements of type T are in memory, and back.
@@ -71,13 +72,17 @@ inline Vec<A> widened(Stored<A, T> bits) {
     return (Vec<A>)((magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : scaled) | (u & 0x8000) << 16);
   }
 }
+// Rounded as from_acc<bf16> does: the upper half of each word.
+inline Words rounded_to_bf16(Vec<float> v) {
+  const Words u = (Words)v;
+  return v != v ? Words{} + 0x7fc00000 : u + 0x7fff + ((u >> 16) & 1);
+}
 template <class T, class A>
 inline Stored<A, T> rounded_to(Vec<A> v) {
   if constexpr (std::is_same_v<T, A>) {
     return v;
-  } else if constexpr (std::is_same_v<T, bf16>) {  // as from_acc<bf16>
-    const Words u = (Words)v, rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    return __builtin_convertvector(v != v ? Words{} + 0x7fc0 : rounded, Halves);
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    return __builtin_convertvector(rounded_to_bf16(v) >> 16, Halves);
   } else {  // as from_acc<f16>
     static_assert(std::is_same_v<T, f16>);
     const Words u = (Words)v, magnitude = u & 0x7fffffff;
@@ -88,6 +93,15 @@ inline Stored<A, T> rounded_to(Vec<A> v) {
     bits = magnitude > 0x7f800000 ? Words{} + 0x7e00 : bits;
     return __builtin_convertvector(bits | ((u >> 16) & 0x8000), Halves);
   }
+}
+// Two vectors as one of bfloat16.
+template <size_t... L>
+inline AllHalves rounded_to_bf16(Vec<float> a, Vec<float> b, std::index_sequence<L...>) {
+  return __builtin_shufflevector((AllHalves)rounded_to_bf16(a), (AllHalves)rounded_to_bf16(b),
+                                 int(2 * L + 1)...);
+}
+inline AllHalves rounded_to_bf16(Vec<float> a, Vec<float> b) {
+  return rounded_to_bf16(a, b, std::make_index_sequence<size_t(kBytes) / 2>{});
 }
 template <class A, class T>
 inline Vec<A> load_as(const T* p) {
