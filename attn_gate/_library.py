@@ -62,6 +62,15 @@ def cpu_isa() -> str:
     return ops.cpu_isa()
 
 
+# What PyTorch knows of this CPU; older ones know nothing.
+_CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether PyTorch says that this CPU has a feature, such as "avx512_bf16"."""
+    return bool(_CPU.get(feature, False))
+
+
 # ------------------------------------------------------------------------------------- what operators return
 
 

@@ -40,7 +40,7 @@ def fusion(
     if x is None:
         return found
     if found.plan.startswith("whole") and recompute == "auto" and matrix_units.pay(x, parts):
-        reasons = ["PyTorch's bfloat16 convolutions have matrix units on this CPU", found.reason]
+        reasons = ["PyTorch's bfloat16 convolutions have the better arithmetic on this CPU", found.reason]
         return Fusion(found.plan.replace("whole", "chain"), "; ".join(filter(None, reasons)))
     if not found.plan.startswith("chain"):
         return found

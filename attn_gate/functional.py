@@ -3,6 +3,8 @@
 Shapes: N batch, C channels of x, G of g, I in between; grids S of x, R of theta (and alpha), Q of g, each of
     1, 2 or 3 axes. Maps are float32, float64, bfloat16 or float16, contiguous or channels last (both native;
     other strides are copied); sums are taken in float32 (float64 for float64), and alpha comes in that dtype.
+    Where a CPU's vectors make dot products of bfloat16, backward of bfloat16 maps and weights may round the
+    gradient of the pre-activation to that, as PyTorch's layers do.
     The eager twin of every function is in `attn_gate.reference`.
 
 Formulas: Oktay et al., Attention U-Net, 2018 (arXiv 1804.03999), section 2.2.

@@ -23,6 +23,13 @@ std::string cpu_isa() {
   if (attn_gate::cpu::has_matrix_units()) return "amx";
   return attn_gate::cpu::dot_products() ? "avx512_bf16" : attn_gate::cpu::instruction_set();
 }
+bool cpu_is_amd() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
 }  // namespace
 
 STABLE_TORCH_LIBRARY(attn_gate, m) {
@@ -87,10 +94,12 @@ STABLE_TORCH_LIBRARY(attn_gate, m) {
       "int needs) -> (Tensor dx, Tensor dg, Tensor dtheta_weight, Tensor dphi_weight, Tensor dtheta_scale, "
       "Tensor dphi_scale, Tensor dbias, Tensor dpsi_weight, Tensor dpsi_bias)");
   m.def("cpu_isa() -> str");
+  m.def("cpu_is_amd() -> bool");
   m.def("keep_memory(int limit) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_gate, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_is_amd", TORCH_BOX(&cpu_is_amd));
   m.impl("keep_memory", TORCH_BOX(&attn_gate::cpu::keep_memory));
 }

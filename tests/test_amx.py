@@ -198,6 +198,21 @@ def test_pairs_of_bfloat16(case, layout, weights):
     torch.testing.assert_close(alpha.double(), expected, rtol=3e-6, atol=1e-6)
 
 
+@pytest.mark.skipif(cpu_isa() != "avx512_bf16", reason="vectors make no dot products here")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_dot_products_are_made(layout):
+    """To which subnormals are zeros."""
+    case = GateCase("", (9, 13), (9, 13), channels=40, gating=30, inter=20, bias=False, psi_bias=False)
+    tensors = case.inputs("attention_logits", torch.bfloat16, layout)
+    tensors["x"], tensors["g"] = (torch.full_like(tensors[name], 1e-39) for name in "xg")
+    for name in ("theta_weight", "phi_weight", "psi_weight"):
+        tensors[name] = torch.full_like(tensors[name], 2.0**60)
+    narrow = functional.attention_logits(**tensors, **case.options("attention_logits"))
+    tensors["theta_weight"] *= 1 + 2**-20
+    wide = functional.attention_logits(**tensors, **case.options("attention_logits"))
+    assert (narrow == 0).all() and (wide > 0).all()
+
+
 def before_a_guard(t):
     """The same where memory ends, so that reading beyond it is a crash."""
     pages = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -273,6 +288,8 @@ def test_gradients_of_bfloat16_maps(case, weights):
         rounded = found.dtype == torch.bfloat16 or case.name == "phi resized"
         rounded |= weights == torch.bfloat16 and cpu_isa() == "avx512_bf16"
         assert error <= (4e-3 if rounded else 4e-5), (name, error)
+        if cpu_isa() == "avx512_bf16" and name == "theta_weight" and case.name in ("tiles", "patches"):
+            assert (error > 1e-4) == (weights == torch.bfloat16)  # dot products were made
 
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 1e37])

@@ -497,6 +497,10 @@ def test_deep_gates_are_left_alone_in_training_mode_unless_their_projections_are
     assert report.fused[""].startswith(
         "sum to logits, and the product where maps are large; left to PyTorch's"
     )
+    monkeypatch.setattr(attn_gate.pointwise, "_IS_AMD", True)
+    assert not report.fused  # where convolutions are the faster way
+    monkeypatch.setattr(attn_gate.pointwise, "_IS_AMD", False)
+    assert report.fused
     monkeypatch.setattr(attn_gate.pointwise, "_HAS_MKL", False)
     assert not report.fused and "PyTorch's layers are the faster way" in report.skipped[""]
     gate.eval()

@@ -15,6 +15,7 @@ def _units(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(matrix_units, "AVAILABLE", True)
     monkeypatch.setattr(matrix_units, "OURS", True)
+    monkeypatch.setattr(matrix_units, "OUR_DOTS", False)
     monkeypatch.setattr(pointwise, "_HAS_MKL", True)
 
 
@@ -73,12 +74,25 @@ def test_inference_is_ours_unless_norms_fold(norms, ours, monkeypatch):
         assert gate.fusion(x, x).plan == ("whole" if ours and not norms else "chain")
 
 
+def test_dot_products_are_ours_of_bfloat16_weights_alone(monkeypatch):
+    monkeypatch.setattr(matrix_units, "OURS", False)
+    monkeypatch.setattr(matrix_units, "OUR_DOTS", True)
+    gate, x = bare(512)
+    small, y = bare(256)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert gate.fusion(x.float(), x.float()).plan == "chain"
+            assert small.fusion(y.float(), y.float()).plan == "whole"
+        assert gate.bfloat16().fusion(x, x).plan == "whole"
+    assert gate.fusion(x, x).plan == "chain" and small.bfloat16().fusion(y, y).plan == "whole"
+
+
 def test_the_reasons_are_told():
     gate, x = bare(512, normaliser="softmax")
     gate.bfloat16()
     found = gate.fusion(x, x)
     assert found.plan == "chain_logits"
-    assert "matrix units" in found.reason and "needs the whole map" in found.reason
+    assert "better arithmetic" in found.reason and "needs the whole map" in found.reason
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -110,7 +110,7 @@ def test_where_pytorch_is_better_it_is_pytorch(monkeypatch):
 
 def test_on_amd_small_or_large_layers_are_products(monkeypatch):
     monkeypatch.setattr(pointwise, "_IS_AMD", True)
-    monkeypatch.setattr(pointwise, "_CPU", {"avx512_bf16": True})
+    monkeypatch.setattr(pointwise, "_HAS_BFLOAT16", True)
     small, middle, large = nn.Conv2d(64, 16, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(512, 256, 1)
     x = torch.empty(1, 64, 8, 8)
     assert pointwise.serves(small, x) and not pointwise.serves(middle, x)
@@ -118,8 +118,8 @@ def test_on_amd_small_or_large_layers_are_products(monkeypatch):
     assert not pointwise.serves(large, torch.empty(1, 512, 128, 128))
     assert pointwise.serves(middle, x.bfloat16()) and not pointwise.serves(small, x.half())
     with torch.autocast("cpu", torch.bfloat16):
-        assert pointwise.serves(middle, x)
-    monkeypatch.setattr(pointwise, "_CPU", {})
+        assert pointwise.serves(middle, x) and not pointwise.serves(middle, x.double())
+    monkeypatch.setattr(pointwise, "_HAS_BFLOAT16", False)
     assert not pointwise.serves(middle, x.bfloat16())
 
 

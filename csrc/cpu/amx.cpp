@@ -19,6 +19,7 @@ struct Config {
 };
 // In static memory: GCC tells its optimiser that the instruction reads only the first 8 bytes.
 const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+// One for each step of each block of registers.
 int64_t asides_of(int64_t inter, int64_t depth, int64_t len) {
   const int64_t blocks =
       (inter + 2 * kTileRows - 1) / (2 * kTileRows) * ((len + 2 * kVoxels - 1) / (2 * kVoxels));

@@ -1,5 +1,6 @@
 // Dot products of pairs of bfloat16, which AVX-512 vectors of some CPUs make (VDPBF16PS: AMD since Zen 4,
-// Intel's Cooper Lake): twice float32's arithmetic, for maps and weights that are bfloat16.
+// Intel's Cooper Lake): twice float32's arithmetic, for maps and weights that are bfloat16. Of inputs with
+// more bits than that (ds, in backward) they multiply the value rounded to bfloat16. Subnormals count as 0.
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 

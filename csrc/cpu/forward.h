@@ -86,9 +86,9 @@ class Weigh {
     for (int64_t i = 0; i < len_; i += int64_t(64 / sizeof(T))) __builtin_prefetch(to + i, 1, 3);
   }
   inline __attribute__((always_inline)) void row(int64_t r) {
+    if (__builtin_expect(!tile_ || !streams_ || len_ % kLanes<A> != 0, 0)) return row_other(r);
     T* y = y_ + r * voxels_ + v_;
-    const bool plain = tile_ && streams_ && len_ % kLanes<A> == 0 && begins_line(y);
-    if (__builtin_expect(!plain, 0)) return row_other(r);
+    if (__builtin_expect(!begins_line(y), 0)) return row_other(r);
     const A *alpha = alpha_ + v_, *x = tile_ + r * ld_;
     for (int64_t i = 0; i < len_; i += kLanes<A>) stream_as<A>(y + i, load(x + i) * load(alpha + i));
   }

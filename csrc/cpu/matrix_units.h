@@ -16,7 +16,9 @@ namespace attn_gate::cpu {
 struct MatrixUnits {
   static constexpr int64_t kRows = 16, kDepth = 32, kVoxels = 16;  // of one instruction
 
-  int parts;  // bfloat16 that a value is the sum of at most
+  // bfloat16 that a value is the sum of at most: 3, or 1. With one W has to be bfloat16, and values of rows
+  // are rounded to it, whatever parts_w and parts_x say.
+  int parts;
   // Sets up the units of the calling thread, and gives them back.
   void (*acquire)();
   void (*release)();
@@ -25,9 +27,10 @@ struct MatrixUnits {
   // Row r < kRows of a tile of rows of W, `depth` columns (whole kDepth) of it, as the sum of `parts`
   // bfloat16: to[step][3][kRows][kDepth]. Whether all of them are bfloat16 already.
   bool (*pack)(const float* row, int64_t r, int64_t depth, int parts, uint16_t* to);
-  // sums[i][v] = (add: +=) W rows[depth][v], for i < inter and v < len, both rounded up to whole tiles at
-  // most, where each of W is the sum of parts_w (1 or 3) bfloat16, each of rows of parts_x. Rows of `rows`
-  // and `sums` are ld apart. Between two steps it calls aside(context), asides_of() times in all.
+  // sums[i][v] = (add: +=) W rows[depth][v], for i < inter and v < len, rounded up to what the kernels'
+  // vectors take at least and to whole tiles at most, where each of W is the sum of parts_w (1 or 3)
+  // bfloat16, each of rows of parts_x. Rows of `rows` and `sums` are ld apart. Between two steps it calls
+  // aside(context), asides_of() times in all.
   void (*multiply)(const uint16_t* w, int parts_w, int64_t inter, const float* rows, int parts_x,
                    int64_t depth, int64_t len, int64_t ld, bool add, float* sums, void (*aside)(void*),
                    void* context);

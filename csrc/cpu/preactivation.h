@@ -18,13 +18,17 @@ struct Block {
 
   int64_t padded() const { return round_up(rows, MatrixUnits::kDepth); }  // whole steps of matrix units
 };
-// All rows at once, or about `most` at a time, whole channels of one part. x's patches, and the coarse grid
-// on itself, which the parts refer to.
-inline std::vector<Block> blocks_of(const Problem& p, const Patches& patches, const Patches& flat,
-                                    int64_t most) {
+// All rows at once, or about `most` at a time, whole channels of one part.
+inline std::vector<Block> blocks_of(const Problem& p, int64_t most) {
   Block all{0, p.depth(), 0, {}};
-  if (p.rows_x()) all.parts.push_back({p.x, patches, true, p.centre_x != nullptr, 0, 0, p.x.channels});
-  if (p.rows_g()) all.parts.push_back({p.g, flat, false, p.centre_g != nullptr, p.rows_x(), 0, p.g.channels});
+  if (p.rows_x()) {
+    const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride);
+    all.parts.push_back({p.x, patches, true, p.centre_x != nullptr, 0, 0, p.x.channels});
+  }
+  if (p.rows_g()) {
+    const Patches flat = same_grid_patches(p.coarse);
+    all.parts.push_back({p.g, flat, false, p.centre_g != nullptr, p.rows_x(), 0, p.g.channels});
+  }
   if (all.rows <= most) return {all};
   std::vector<Block> blocks;
   int64_t at = 0;
@@ -90,23 +94,18 @@ inline uint16_t* packed_for_units(void* packed, int64_t inter, const Block& bloc
 }
 // The blocks that they multiply with: those of the input, or where batch norms come between, theta's and
 // phi's.
-inline std::vector<Block> blocks_for_units(const Problem& p, const Patches& patches, const Patches& flat,
-                                           int64_t most) {
-  return blocks_of(p, patches, flat, p.norms ? larger(p.rows_x(), p.rows_g()) : most);
+inline std::vector<Block> blocks_for_units(const Problem& p, int64_t most) {
+  return blocks_of(p, p.norms ? larger(p.rows_x(), p.rows_g()) : most);
 }
 // What all of W takes so, in elements of float32, of which each holds two bfloat16.
 inline int64_t elements_for_units(const Problem& p, int64_t inter, int64_t most) {
-  const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
-                flat = same_grid_patches(p.coarse);
-  const Block last = blocks_for_units(p, patches, flat, most).back();
+  const Block last = blocks_for_units(p, most).back();
   return 3 * (last.at + last.padded()) * inter / 2;
 }
 // Packs rows [i0, i0 + kRows) of W for matrix units.
 inline void pack_for_units(const Problem& p, const Layout& layout, const Packed<float>& to, int64_t i0) {
   bool narrow = true;
-  const Patches patches = patches_of(p.fine, p.coarse, p.kernel, p.stride),
-                flat = same_grid_patches(p.coarse);
-  for (const Block& block : blocks_for_units(p, patches, flat, layout.depth)) {
+  for (const Block& block : blocks_for_units(p, layout.depth)) {
     const int64_t depth = block.padded();
     Buffer<float> row(depth);
     std::memset(row, 0, size_t(depth) * sizeof(float));
@@ -251,10 +250,8 @@ struct Worker {
       : p(p_), units(layout.units), ld(layout.tile), packed(p_, layout, backward),
         patches(patches_of(p_.fine, p_.coarse, p_.kernel, p_.stride)), flat(same_grid_patches(p_.coarse)),
         has_given(p_.theta || p_.phi || (p_.preact && !p_.project)),
-        sums_weights(p_.weight_grads && layout.weight_panels == 0),
-        blocks(blocks_of(p_, patches, flat, layout.depth)),
-        norm_blocks(units && p.norms ? blocks_for_units(p, patches, flat, layout.depth)
-                                     : std::vector<Block>()),
+        sums_weights(p_.weight_grads && layout.weight_panels == 0), blocks(blocks_of(p_, layout.depth)),
+        norm_blocks(units && p.norms ? blocks_for_units(p, layout.depth) : std::vector<Block>()),
         depth(most_rows(blocks)),
         in_pairs(std::is_same_v<T, bf16> && units && !backward && come_in_pairs(blocks)),
         held(!p.hides_memory() ? 1
@@ -265,12 +262,10 @@ struct Worker {
                 : std::is_same_v<T, bf16> ? 1
                 : std::is_same_v<T, f16>  ? 2
                                           : 3),
-        parts_of_sums(!units                                        ? 0
-                      : std::is_same_v<T, bf16> && units->parts > 2 ? 2
-                                                                    : units->parts),
-        rows(input), sums(units && p.norms             ? 2 * packed.inter * ld
-                          : units || blocks.size() > 1 ? packed.inter * ld
-                                                       : 0),
+        parts_of_sums(units ? int(smaller(units->parts, std::is_same_v<T, bf16> ? 2 : 3)) : 0), rows(input),
+        sums(units && p.norms             ? 2 * packed.inter * ld
+             : units || blocks.size() > 1 ? packed.inter * ld
+                                          : 0),
         given((has_given || p_.preact) ? packed.inter * ld : 0) {
     if (p.phi && !(p.phi.grid == p.coarse)) phi.emplace(p.phi_resize, p.phi.grid, p.coarse);
     if (units) units->acquire();
@@ -487,7 +482,7 @@ struct Worker {
       if (in_pairs)
         return units->multiply_pairs(packed_for_units(p.packed, packed.inter, block, 0), parts_w, p.inter,
                                      input_rows, block.rows, len, ld, add, to, look<Aside>, &aside);
-      units->multiply(packed_for_units(p.packed, packed.inter, block, 0), parts_w, packed.inter, input_rows,
+      units->multiply(packed_for_units(p.packed, packed.inter, block, 0), parts_w, p.inter, input_rows,
                       parts_x, block.rows, len, ld, add, to, look<Aside>, &aside);
     }
   }
