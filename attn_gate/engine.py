@@ -127,7 +127,9 @@ def _whole(
     recompute: str | bool,
     cache: FoldCache,
 ) -> tuple[Tensor, Tensor]:
-    inputs = (*functional.cast(eager.input_of_theta(spec, x, g), g), *cache.folded(parts))
+    maps, folded = functional.cast(eager.input_of_theta(spec, x, g), g), cache.folded(parts)
+    theta, phi = functional.cast_weights(maps[0], parts.theta.weight.dtype, *folded[:2])
+    inputs = (*maps, theta, phi, *folded[2:])
     phi_resize, alpha_resize = map(eager.kernel_resize, (spec.phi_resize, spec.alpha_resize))
     op, modes = operators.ATTENTION_GATE, (phi_resize, alpha_resize, spec.activation)
     if logits:

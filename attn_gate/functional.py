@@ -142,6 +142,7 @@ def attention_gate(
         tensors = (x, theta, phi, psi_weight.reshape(-1), psi_bias)
         return _run(operators.GATE, backend, tensors, phi_resize, alpha_resize, activation)
     modes = (phi_resize, alpha_resize, activation)
+    parameters = (*cast_weights(x, theta_weight.dtype, *parameters[:2]), *parameters[2:])
     return run_whole(operators.ATTENTION_GATE, x, g, *parameters, stride, modes, recompute, backend)
 
 
@@ -173,6 +174,7 @@ def attention_logits(
         tensors = (theta, phi, psi_weight.reshape(-1), psi_bias)
         return _run(operators.GATE_LOGITS, backend, tensors, phi_resize, activation)[0]
     modes = (phi_resize, activation)
+    parameters = (*cast_weights(x, theta_weight.dtype, *parameters[:2]), *parameters[2:])
     return run_whole(operators.ATTENTION_LOGITS, x, g, *parameters, stride, modes, recompute, backend)[0]
 
 
@@ -278,6 +280,20 @@ def cast(*maps: Any) -> tuple[Any, ...]:
         return maps
     castable = (torch.float32, torch.bfloat16, torch.float16)  # as PyTorch, which leaves float64 alone
     return tuple(m.to(dtype) if isinstance(m, Tensor) and m.dtype in castable else m for m in maps)
+
+
+def cast_weights(x: Tensor, own: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Projections' weights rounded to bfloat16 where PyTorch's convolutions of x have them so, on a CPU.
+
+    That is under autocast, and where layers are in bfloat16 (`own`, their weights' dtype), whatever norms
+    fold into them. Many CPUs multiply bfloat16 by bfloat16 faster than anything else. Measured on a Zen 5,
+    time against that of float32 weights: autocast's inference 0.67 to 0.9, its steps 0.8 to 1.0, inference
+    behind batch norms 0.61 to 0.93.
+    """
+    narrow = own == torch.bfloat16 or reference.autocast_dtype(x) is not None
+    if not narrow or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        return weights
+    return tuple(w.to(x.dtype) for w in weights)
 
 
 def _patches_overlap(theta_weight: Tensor, stride: list[int], padding: list[int]) -> bool:

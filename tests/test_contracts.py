@@ -306,7 +306,7 @@ def run_compact(**variables):
 
 @pytest.mark.parametrize(
     "isa", ["default", "avx2", "avx512"]
-)  # amx, where there is, runs all the other tests
+)  # what goes beyond, where there is, runs all the other tests
 def test_every_instruction_set(isa):
     """All that this machine has, in a process each; new scratch memory is full of huge numbers."""
     order = ("default", "avx2", "avx512", "avx512_bf16", "amx")

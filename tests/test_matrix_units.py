@@ -15,7 +15,6 @@ def _units(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(matrix_units, "AVAILABLE", True)
     monkeypatch.setattr(matrix_units, "OURS", True)
-    monkeypatch.setattr(matrix_units, "OUR_DOTS", False)
     monkeypatch.setattr(pointwise, "_HAS_MKL", True)
 
 
@@ -63,7 +62,7 @@ def test_they_take_more_where_ours_were_built_without(monkeypatch):
 
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("ours", [False, True])
-def test_inference_is_ours_unless_norms_fold(norms, ours, monkeypatch):
+def test_inference_is_ours_where_they_are(norms, ours, monkeypatch):
     monkeypatch.setattr(matrix_units, "OURS", ours)
     gate, x = bare(512)
     if norms:
@@ -71,20 +70,7 @@ def test_inference_is_ours_unless_norms_fold(norms, ours, monkeypatch):
     gate.bfloat16()
     assert gate.fusion(x, x).plan == "chain"
     with torch.no_grad():
-        assert gate.fusion(x, x).plan == ("whole" if ours and not norms else "chain")
-
-
-def test_dot_products_are_ours_of_bfloat16_weights_alone(monkeypatch):
-    monkeypatch.setattr(matrix_units, "OURS", False)
-    monkeypatch.setattr(matrix_units, "OUR_DOTS", True)
-    gate, x = bare(512)
-    small, y = bare(256)
-    with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            assert gate.fusion(x.float(), x.float()).plan == "chain"
-            assert small.fusion(y.float(), y.float()).plan == "whole"
-        assert gate.bfloat16().fusion(x, x).plan == "whole"
-    assert gate.fusion(x, x).plan == "chain" and small.bfloat16().fusion(y, y).plan == "whole"
+        assert gate.fusion(x, x).plan == ("whole" if ours else "chain")
 
 
 def test_the_reasons_are_told():
