@@ -62,13 +62,10 @@ def cpu_isa() -> str:
     return ops.cpu_isa()
 
 
-# What PyTorch knows of this CPU; older ones know nothing.
-_CPU: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-
-
-def cpu_has(feature: str) -> bool:
-    """Whether PyTorch says that this CPU has a feature, such as "avx512_bf16"."""
-    return bool(_CPU.get(feature, False))
+def has_bfloat16() -> bool:
+    """Whether this CPU has products of bfloat16: our kernels use them, or PyTorch (if not old) says so."""
+    told = getattr(torch.cpu, "get_capabilities", dict)()
+    return cpu_isa() in ("amx", "avx512_bf16") or any(told.get(f, False) for f in ("amx_bf16", "avx512_bf16"))
 
 
 # ------------------------------------------------------------------------------------- what operators return

@@ -128,7 +128,9 @@ def _whole(
     cache: FoldCache,
 ) -> tuple[Tensor, Tensor]:
     maps, folded = functional.cast(eager.input_of_theta(spec, x, g), g), cache.folded(parts)
-    theta, phi = functional.cast_weights(maps[0], parts.theta.weight.dtype, *folded[:2])
+    theta, phi = folded.theta_weight, folded.phi_weight
+    if theta is parts.theta.weight and phi is parts.phi.weight:  # no norm was folded into them
+        theta, phi = (functional.round_weight(maps[0], w) for w in (theta, phi))
     inputs = (*maps, theta, phi, *folded[2:])
     phi_resize, alpha_resize = map(eager.kernel_resize, (spec.phi_resize, spec.alpha_resize))
     op, modes = operators.ATTENTION_GATE, (phi_resize, alpha_resize, spec.activation)

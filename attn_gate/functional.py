@@ -3,8 +3,8 @@
 Shapes: N batch, C channels of x, G of g, I in between; grids S of x, R of theta (and alpha), Q of g, each of
     1, 2 or 3 axes. Maps are float32, float64, bfloat16 or float16, contiguous or channels last (both native;
     other strides are copied); sums are taken in float32 (float64 for float64), and alpha comes in that dtype.
-    Where a CPU's vectors make dot products of bfloat16, backward of bfloat16 maps and weights may round the
-    gradient of the pre-activation to that, as PyTorch's layers do.
+    Where a CPU has products of bfloat16, autocast to it may round weights of projections, as PyTorch's
+    convolutions do, and backward of bfloat16 maps and weights the gradient of the pre-activation.
     The eager twin of every function is in `attn_gate.reference`.
 
 Formulas: Oktay et al., Attention U-Net, 2018 (arXiv 1804.03999), section 2.2.
@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, operators, reference
+from . import _library, backends, checks, operators, reference
 from .autograd import call
+
+_BFLOAT16_PAYS: bool = _library.cpu_isa() in ("amx", "avx512_bf16")
 
 
 def gate(
@@ -142,7 +144,7 @@ def attention_gate(
         tensors = (x, theta, phi, psi_weight.reshape(-1), psi_bias)
         return _run(operators.GATE, backend, tensors, phi_resize, alpha_resize, activation)
     modes = (phi_resize, alpha_resize, activation)
-    parameters = (*cast_weights(x, theta_weight.dtype, *parameters[:2]), *parameters[2:])
+    parameters = (*(round_weight(x, w) for w in parameters[:2]), *parameters[2:])
     return run_whole(operators.ATTENTION_GATE, x, g, *parameters, stride, modes, recompute, backend)
 
 
@@ -174,7 +176,7 @@ def attention_logits(
         tensors = (theta, phi, psi_weight.reshape(-1), psi_bias)
         return _run(operators.GATE_LOGITS, backend, tensors, phi_resize, activation)[0]
     modes = (phi_resize, activation)
-    parameters = (*cast_weights(x, theta_weight.dtype, *parameters[:2]), *parameters[2:])
+    parameters = (*(round_weight(x, w) for w in parameters[:2]), *parameters[2:])
     return run_whole(operators.ATTENTION_LOGITS, x, g, *parameters, stride, modes, recompute, backend)[0]
 
 
@@ -282,18 +284,25 @@ def cast(*maps: Any) -> tuple[Any, ...]:
     return tuple(m.to(dtype) if isinstance(m, Tensor) and m.dtype in castable else m for m in maps)
 
 
-def cast_weights(x: Tensor, own: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
-    """Projections' weights rounded to bfloat16 where PyTorch's convolutions of x have them so, on a CPU.
+def round_weight(x: Tensor, weight: Tensor) -> Tensor:
+    """A projection's weight as PyTorch's convolution of x would have it: under autocast rounded to bfloat16.
 
-    That is under autocast, and where layers are in bfloat16 (`own`, their weights' dtype), whatever norms
-    fold into them. Many CPUs multiply bfloat16 by bfloat16 faster than anything else. Measured on a Zen 5,
-    time against that of float32 weights: autocast's inference 0.67 to 0.9, its steps 0.8 to 1.0, inference
-    behind batch norms 0.61 to 0.93.
+    Only where that pays: on a CPU whose products of bfloat16 our kernels use, for maps that aren't small.
+    Measured on a Zen 5, time against that of float32's weight: inference 0.67 to 0.9, steps 0.8 to 1.0. The
+    result has float32's dtype, its gradient is float32's. Not for weights that norms were folded into: that
+    rounding, times the mean of x, would remain where PyTorch takes the mean off first.
     """
-    narrow = own == torch.bfloat16 or reference.autocast_dtype(x) is not None
-    if not narrow or x.dtype != torch.bfloat16 or x.device.type != "cpu":
-        return weights
-    return tuple(w.to(x.dtype) for w in weights)
+    if not _BFLOAT16_PAYS or x.dtype != torch.bfloat16 or reference.autocast_dtype(x) is None:
+        return weight
+    if x.device.type != "cpu" or weight.dtype != torch.float32:
+        return weight
+    traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if traced or x.numel() < 2**17:  # a size that is compared there is one that programs depend on
+        return weight
+    rounded = weight.detach().to(x.dtype).to(weight.dtype)
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return rounded
+    return weight + (rounded - weight.detach())  # exact, and differentiated as the weight
 
 
 def _patches_overlap(theta_weight: Tensor, stride: list[int], padding: list[int]) -> bool:

@@ -15,7 +15,7 @@ from attn_gate.decisions import has_hooks, listened_globally
 
 _HAS_MKL: bool = torch.backends.mkl.is_available()
 _IS_AMD: bool = _library.ops.cpu_is_amd()
-_HAS_BFLOAT16: bool = _library.cpu_isa() in ("amx", "avx512_bf16")
+_HAS_BFLOAT16: bool = _library.has_bfloat16()
 
 
 def may_serve(layer: nn.Module) -> bool:

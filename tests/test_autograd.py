@@ -553,11 +553,10 @@ def test_checkpoint(operator, reentrant):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @of_all_operators
 def test_autocast(operator, dtype, compile):
-    """Maps are rounded to autocast's dtype, weights of projections to bfloat16, and nothing else: the same as
-    calling with rounded tensors."""
+    """Maps are rounded to autocast's dtype and nothing else, where they are small: the same as calling with
+    rounded maps."""
     ours, _, tensors = draw(RESIZED, operator, torch.float32)
-    count = MAPS[operator] + (2 if operator.startswith("attention") and dtype == torch.bfloat16 else 0)
-    rounded = [t.to(dtype) if i < count else t for i, t in enumerate(tensors)]
+    rounded = [t.to(dtype) if i < MAPS[operator] else t for i, t in enumerate(tensors)]
     if operator == "apply_attention":
         rounded[1] = tensors[1]  # alpha is no map of features
     expected = as_tuple(ours(*rounded))
@@ -571,6 +570,31 @@ def test_autocast(operator, dtype, compile):
     assert all(slope.dtype == torch.float32 for slope in found_slopes)
     assert_close(found, expected, rtol=0, atol=0)
     assert_close(found_slopes, slopes, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("operator", ["attention_gate", "attention_logits"])
+def test_autocast_rounds_weights_where_bfloat16_pays(operator, pays, monkeypatch):
+    """Whose gradients stay float32's."""
+    monkeypatch.setattr(functional, "_BFLOAT16_PAYS", pays)
+    large = GateCase("", (64, 64), (64, 64), channels=16, gating=16, inter=8)
+    ours, _, tensors = draw(large, operator, torch.float32)
+
+    def run(*tensors):
+        outputs = as_tuple(ours(*tensors))
+        return [*outputs, *torch.autograd.grad(sum(o.double().sum() for o in outputs), tensors)]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(*tensors)
+    count = 4 if pays else 2
+    rounded = [t.detach().bfloat16() if i < count else t.detach() for i, t in enumerate(tensors)]
+    # weights as float32 tensors of rounded numbers: their gradients aren't rounded
+    expected = run(*[(t.float() if 2 <= i < 4 else t).requires_grad_() for i, t in enumerate(rounded)])
+    assert found[-len(tensors) + 2].dtype == torch.float32
+    assert_close([t.float() for t in found], [t.float() for t in expected], rtol=0, atol=0)
+    double = [t.double() if i in (2, 3) else t for i, t in enumerate(tensors)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert functional.round_weight(rounded[0], double[2]) is double[2]
 
 
 def test_autocast_leaves_double_alone_and_reaches_convolutions():

@@ -30,6 +30,7 @@ bool units_pay(const Problem& p, bool in_pairs) {
 bool pairs_of(const Problem& p, int64_t depth) {
   return std::is_same_v<T, bf16> && p.project && come_in_pairs(blocks_of(p, depth));
 }
+
 // Whether they make backward's. Measured, time of backward against that of the vectors: float32 0.6 to 0.95
 // from 2^10 weights on, 1.15 to 1.25 at 2^8; bfloat16 0.5 to 0.9. Steps with batch norms 0.8 to 0.98.
 bool units_pay_back(const Problem& p) {
