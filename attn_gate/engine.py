@@ -34,8 +34,10 @@ def fusion(
         norm = getattr(parts, name)
         if norm is not None and not is_foldable(norm):
             unfused.append(name)
-    if x is not None and spec.theta_padding == "same" and any(map(any, spec.theta_pads(x.shape[2:]))):
-        unfused.append("theta")
+    if x is not None and spec.theta_padding == "same":
+        of_theta = x if spec.x_resize == "none" or g is None else g  # theta's input has that one's grid
+        if any(map(any, spec.theta_pads(of_theta.shape[2:]))):
+            unfused.append("theta")
     found = spec.fusion(unfused)
     if x is None:
         return found

@@ -194,6 +194,20 @@ def test_random_specs(spec, data):
     check(gate, torch.randn(2, 4, *x_size).double(), torch.randn(2, 3, *g_size).double(), tolerance=1e-9)
 
 
+@pytest.mark.parametrize("g_size", [4, 5, 6])
+def test_same_padding_is_that_of_the_resized_x(g_size):
+    spec = GateSpec(
+        spatial_dims=1,
+        x_resize="nearest",
+        theta_kernel=2,
+        theta_stride=3,
+        theta_padding="same",
+        phi_resize="linear",
+    )
+    x, g = torch.randn(2, 4, 3).double(), torch.randn(2, 3, g_size).double()
+    check(AttentionGate(4, 3, 4, preset=spec).double(), x, g)
+
+
 def test_training_updates_the_statistics_once():
     gate, x, g = same_grid_case()
     gate.train()
