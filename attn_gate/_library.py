@@ -62,10 +62,15 @@ def cpu_isa() -> str:
     return ops.cpu_isa()
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether our kernels were built for products of bfloat16 that this CPU has, and may use them."""
+    return cpu_isa() in ("amx", "avx512_bf16")
+
+
 def has_bfloat16() -> bool:
     """Whether this CPU has products of bfloat16: our kernels use them, or PyTorch (if not old) says so."""
     told = getattr(torch.cpu, "get_capabilities", dict)()
-    return cpu_isa() in ("amx", "avx512_bf16") or any(told.get(f, False) for f in ("amx_bf16", "avx512_bf16"))
+    return multiplies_bfloat16() or told.get("amx_bf16", False) or told.get("avx512_bf16", False)
 
 
 # ------------------------------------------------------------------------------------- what operators return

@@ -35,8 +35,8 @@ def fusion(
         if norm is not None and not is_foldable(norm):
             unfused.append(name)
     if x is not None and spec.theta_padding == "same":
-        of_theta = x if spec.x_resize == "none" or g is None else g  # theta's input has that one's grid
-        if any(map(any, spec.theta_pads(of_theta.shape[2:]))):
+        grid = spec.input_grid(x.shape[2:], (x if g is None else g).shape[2:])
+        if any(map(any, spec.theta_pads(grid))):
             unfused.append("theta")
     found = spec.fusion(unfused)
     if x is None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _library, backends, checks, operators, reference
 from .autograd import call
 
-_BFLOAT16_PAYS: bool = _library.cpu_isa() in ("amx", "avx512_bf16")
+_BFLOAT16_PAYS: bool = _library.multiplies_bfloat16()
 
 
 def gate(

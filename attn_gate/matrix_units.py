@@ -13,8 +13,8 @@ from torch import Tensor
 from attn_gate import _library, pointwise, reference
 from attn_gate.eager import Parts
 
-OURS: bool = _library.cpu_isa() in ("amx", "avx512_bf16")  # our kernels were built for them and may use them
 AVAILABLE: bool = _library.has_bfloat16()
+OURS: bool = _library.multiplies_bfloat16()
 
 
 def serve(x: Tensor, parts: Parts) -> bool:

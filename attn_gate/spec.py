@@ -189,9 +189,13 @@ class GateSpec:
                 pads.append(((k - 1) // 2,) * 2 if self.theta_padding == "symmetric" else (0, 0))
         return pads
 
+    def input_grid(self, x_size: Sequence[int], g_size: Sequence[int]) -> Sequence[int]:
+        """The grid of theta's input: x's, or g's where x is resized to that."""
+        return x_size if self.x_resize == "none" else g_size
+
     def theta_grid(self, x_size: Sequence[int], g_size: Sequence[int]) -> tuple[int, ...]:
         """R: the grid of theta, and of alpha, for x and g of these sizes."""
-        size = x_size if self.x_resize == "none" else g_size
+        size = self.input_grid(x_size, g_size)
         axes = zip(size, self.theta_pads(size), self.theta_kernel, self.theta_stride, strict=True)
         return tuple((n + sum(pad) - k) // s + 1 for n, pad, k, s in axes)
 

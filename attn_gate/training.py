@@ -128,8 +128,9 @@ def left_alone(parts: Parts, x: Tensor, recompute: str | bool = "auto", products
         if pays(x, parts):
             return False
         may_serve = pointwise.may_serve(parts.theta) and pointwise.may_serve(parts.phi)
-        pay = pointwise.pays(parts.theta, x) and pointwise.pays(parts.phi, x)
-        product = may_serve and pay and x.stride(1) != 1  # 1: channels last
+        may_serve = may_serve and x.stride(1) != 1  # 1: channels last
+        # Sizes are compared behind may_serve, as in products_pay.
+        product = may_serve and pointwise.pays(parts.theta, x) and pointwise.pays(parts.phi, x)
         faster = product or matrix_units.serve(x, parts)
         if products and faster and torch.is_grad_enabled() and x.numel() >= 2**18:
             return False

@@ -12,13 +12,6 @@ constexpr int64_t kTileRows = MatrixUnits::kRows, kDepth = MatrixUnits::kDepth,
                   kVoxels = MatrixUnits::kVoxels;
 constexpr int64_t kTile = kTileRows * kDepth;  // elements of a tile of W
 
-struct Config {
-  uint8_t palette, start, reserved[14];
-  uint16_t bytes[16];
-  uint8_t rows[16];
-};
-// In static memory: GCC tells its optimiser that the instruction reads only the first 8 bytes.
-const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 // One for each step of each block of registers.
 int64_t asides_of(int64_t inter, int64_t depth, int64_t len) {
   const int64_t blocks =
@@ -26,6 +19,13 @@ int64_t asides_of(int64_t inter, int64_t depth, int64_t len) {
   return blocks * ((depth + kDepth - 1) / kDepth);
 }
 
+struct Config {
+  uint8_t palette, start, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+};
+// In static memory: GCC tells its optimiser that the instruction reads only the first 8 bytes.
+const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 void acquire() { _tile_loadconfig(&config); }
 void release() { _tile_release(); }
 
