@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from attn_gate import AttentionGate, matrix_units, pointwise
+from attn_gate import AttentionGate, functional, matrix_units, pointwise
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,25 @@ def test_numbers_and_gradients(autocast):
     twin.backend = "eager"
     for found, eager, true in zip(results(gate.to(dtype), dtype), results(twin, dtype), exact, strict=True):
         assert (found - true).norm() <= 1.5 * (eager - true).norm() + 1e-3 * true.norm()
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_autocast_rounds_weights_that_no_norm_was_folded_into(norms, monkeypatch):
+    gate, x = bare(64, 64)
+    if norms:
+        gate = AttentionGate(64, 64, preset="same_grid").eval()
+    rounded = copy.deepcopy(gate)
+    for layer in (rounded.theta, rounded.phi):
+        layer.weight.data = layer.weight.data.bfloat16().float()
+
+    def alpha(gate, pays):
+        monkeypatch.setattr(functional, "_BFLOAT16_PAYS", pays)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert gate.fusion(x, x).plan == "whole"
+            return gate(x, x, return_attention=True)[1]
+
+    assert not torch.equal(alpha(gate, False), alpha(rounded, False))
+    assert torch.equal(alpha(gate, True), alpha(gate if norms else rounded, False))
 
 
 def test_it_compiles():
