@@ -5,6 +5,7 @@
 
 #include "backward.h"
 #include "moments.h"
+#include "resized_gradient.h"
 
 #define ATTN_GATE_TABLE_(isa, dtype) kernels_##isa##_##dtype
 #define ATTN_GATE_TABLE(isa, dtype) ATTN_GATE_TABLE_(isa, dtype)
