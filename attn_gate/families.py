@@ -8,7 +8,7 @@ which tries the values of OPTIONS against the gate's own forward. A class name i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from attn_gate.checks import check_choice
 from attn_gate.engine import CONVOLUTIONS
 from attn_gate.reference import ACTIVATIONS
 from attn_gate.spec import CHOICES, GateSpec
@@ -29,6 +30,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "normaliser": CHOICES["normaliser"],
     "combine": CHOICES["combine"],
 }
+_CHOICES = {key: CHOICES["alpha_resize" if key == "resize" else key] for key in OPTIONS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +59,19 @@ class GateFamily:
     options: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("name", "x", "g", "psi"):
+        for name in ("name", "x", "g", "psi", "out"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value:
+            if (not isinstance(value, str) or not value) and not (name == "out" and value is None):
                 raise TypeError(f"{name} of a GateFamily must be a non-empty string; got {value!r}")
-        options = self.options.items() if isinstance(self.options, dict) else self.options
+        options = tuple(self.options.items() if isinstance(self.options, dict) else self.options)
+        for key, values in options:
+            if key not in OPTIONS:
+                raise ValueError(f"options of a GateFamily are {', '.join(OPTIONS)}; got {key!r}")
+            if isinstance(values, str) or not isinstance(values, Collection) or not values:
+                raise TypeError(f"options[{key!r}] of a GateFamily must be values to try; got {values!r}")
+            for value in values:
+                check_choice(f"options[{key!r}] of a GateFamily", value, _CHOICES[key])
         object.__setattr__(self, "options", tuple((key, tuple(values)) for key, values in options))
-        unknown = [key for key, _ in self.options if key not in OPTIONS]
-        if unknown:
-            raise ValueError(f"options of a GateFamily are {', '.join(OPTIONS)}; got {unknown[0]!r}")
 
 
 FAMILIES: list[GateFamily] = [
@@ -130,7 +136,7 @@ class Unreadable(Exception):
 def has_layers(family: GateFamily, module: nn.Module) -> bool:
     """Whether the module has layers by the names of this family."""
     paths = (family.x, family.g, family.psi)
-    return all(isinstance(find(module, path), nn.Module) for path in paths)
+    return all(find_layer(module, path) is not None for path in paths)
 
 
 def guess_families(module: nn.Module) -> Iterator[GateFamily]:
@@ -166,7 +172,7 @@ def read_structure(family: GateFamily, module: nn.Module) -> Structure:
     theta, theta_norm, theta_fields = _projection(module, "theta", family.x)
     phi, phi_norm, phi_fields = _projection(module, "phi", family.g)
     psi, psi_norm, psi_fields = _projection(module, "psi", family.psi)
-    convs = [find(module, path) for path in (theta, phi, psi)]
+    convs = [find_layer(module, path) for path in (theta, phi, psi)]
     dims = {conv.weight.ndim - 2 for conv in convs}
     if len(dims) > 1:
         raise Unreadable("its convolutions differ in their number of axes")
@@ -179,13 +185,13 @@ def read_structure(family: GateFamily, module: nn.Module) -> Structure:
     if convs[2].kernel_size + convs[2].stride != (1,) * 2 * len(convs[2].stride):
         raise Unreadable(f"psi's kernel is {convs[2].kernel_size}, stride {convs[2].stride}: not 1x1")
 
-    out = family.out if isinstance(find(module, family.out), nn.Module) else None
+    out = None if find_layer(module, family.out) is None else family.out
     output: dict[str, Any] = {}
-    if out is not None and not isinstance(find(module, out), nn.Identity):
+    if out is not None and not isinstance(find_layer(module, out), nn.Identity):
         _, norm, _ = _projection(module, "W", out)
         output = {"output": "conv" if norm is None else "conv_norm"}
         if norm is not None:
-            output["output_norm"] = norm_kind(find(module, norm))
+            output["output_norm"] = norm_kind(find_layer(module, norm))
     else:
         out = None
     paths = Layers(theta, phi, psi, None, theta_norm, phi_norm, psi_norm, out)
@@ -202,12 +208,16 @@ def read_structure(family: GateFamily, module: nn.Module) -> Structure:
     return Structure(spec, paths, (convs[0].in_channels, convs[1].in_channels))
 
 
-def find(module: nn.Module, path: str | None) -> Any:
-    """The attribute at a dotted path; None where there is none."""
+def find_layer(module: nn.Module, path: str | None) -> nn.Module | None:
+    """The layer at a dotted path, the module itself at an empty one; None where there is none.
+
+    Only a module's own children count: what a wrapper passes on from the module that it wraps are that one's.
+    """
     if path is None:
         return None
-    for name in path.split("."):
-        module = getattr(module, name, None)
+    for name in path.split(".") if path else ():
+        children = getattr(module, "_modules", {})
+        module = children[name] if name in children else None
     return module
 
 
@@ -229,7 +239,7 @@ def leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
 
 def _projection(module: nn.Module, part: str, path: str) -> tuple[str, str | None, dict[str, Any]]:
     """Paths of the convolution and of its norm, and the fields of GateSpec that they show."""
-    found = list(leaves(find(module, path), path))
+    found = list(leaves(find_layer(module, path), path))
     convs = [(p, layer) for p, layer in found if isinstance(layer, tuple(CONVOLUTIONS.values()))]
     norms = [(p, layer) for p, layer in found if norm_kind(layer)]
     if len(convs) != 1 or found[0] != convs[0] or len(norms) > 1 or (norms and found[1] != norms[0]):
@@ -265,7 +275,7 @@ def _class_name(layer: nn.Module) -> str:
 
 
 def _refuse_other_parameters(module: nn.Module, paths: list[str]) -> None:
-    own = {id(t) for path in paths for t in _tensors(find(module, path))}
+    own = {id(t) for path in paths for t in _tensors(find_layer(module, path))}
     names = [name for name, t in module.named_parameters() if id(t) not in own]
     names += [name for name, t in module.named_buffers() if id(t) not in own]
     if names:

@@ -155,7 +155,8 @@ def fuse_gates(model: nn.Module, backend: str = "auto", *, recompute: str | bool
     results stay what they were; so checkpoints fit both ways. Gates are recognised by their layers (see
     attn_gate.GateFamily and register_family), and only taken if a run of each, on tiny random input in eval
     and training mode, agreed with its own forward. A gate whose layers get hooks or parametrisations, then or
-    later, runs as it was; so does a call that the operators don't take.
+    later, runs as it was; so does one of which a layer is replaced by another kind or a plain attribute changes
+    (a temperature, a dropout's p), and a call that the operators don't take.
 
     Args:
         model: any module; a gate itself too. Call it before DistributedDataParallel, fully_shard and
@@ -177,13 +178,13 @@ def fuse_gates(model: nn.Module, backend: str = "auto", *, recompute: str | bool
     checks.check_recompute(recompute)
     unfuse_gates(model)
     gates = [(name, m) for name, m in model.named_modules() if not isinstance(m, AttentionGate)]
-    entries = [entry for name, module in gates if (entry := _examine(name, module, backend, recompute))]
-    for entry in entries:
-        parameter = next(entry.module.parameters())
-        if backend != "auto" and parameter.device.type != "meta":
-            if reason := backends.BACKENDS[backend].why_not(parameter.device, parameter.dtype):
-                unfuse_gates(model)
-                raise ValueError(f"backend is {backend!r}, which can't be used for {entry.name}: {reason}")
+    try:
+        entries = [entry for name, module in gates if (entry := _examine(name, module, backend, recompute))]
+        for entry in entries:
+            _check_backend(backend, entry)
+    except BaseException:
+        unfuse_gates(model)  # all or nothing
+        raise
     return FusionReport(tuple(entries))
 
 
@@ -201,6 +202,14 @@ def unfuse_gates(model: nn.Module) -> int:
     return len(gates)
 
 
+def _check_backend(backend: str, entry: GateEntry) -> None:
+    parameter = next(entry.module.parameters(), None)
+    if backend == "auto" or parameter is None or parameter.device.type == "meta":
+        return
+    if reason := backends.BACKENDS[backend].why_not(parameter.device, parameter.dtype):
+        raise ValueError(f"backend is {backend!r}, which can't be used for {entry.name}: {reason}")
+
+
 def _examine(name: str, module: nn.Module, backend: str, recompute: str | bool) -> GateEntry | None:
     """Fuses the module, as the first family with such layers whose description agrees with it.
 
@@ -211,6 +220,7 @@ def _examine(name: str, module: nn.Module, backend: str, recompute: str | bool) 
     for family in known or families.guess_families(module):
         try:
             structure, found = _understand(family, module)
+            fused_class = patch.fused_class(type(module))
         except families.Unreadable as error:
             reasons.append((family.name, str(error)))
             continue
@@ -221,9 +231,9 @@ def _examine(name: str, module: nn.Module, backend: str, recompute: str | bool) 
             structure.channels,
             backend,
             recompute,
-            tuple((path, type(layer)) for path, layer in patch.walk(module)),
+            patch.seen_in(module),
         )
-        patch.patch(module, state)
+        patch.patch(module, state, fused_class)
         return GateEntry(name, family.name, module)
     return GateEntry(name, reasons[0][0], module, reasons[0][1]) if known else None
 

@@ -26,10 +26,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from attn_gate import eager, engine, reference, training
 from attn_gate.backends import exporting_to_onnx
 from attn_gate.decisions import Decisions, has_hooks, listened_globally
-from attn_gate.families import Layers, norm_kind
+from attn_gate.families import Layers, Unreadable, find_layer, norm_kind
 from attn_gate.folding import FoldCache
 from attn_gate.listening import LISTENER, tell
 from attn_gate.probe import Found, arrange
+from attn_gate.settings import Settings, changed, settings_of
 
 STATE = "_attn_gate"
 _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
@@ -45,7 +46,8 @@ class FusedGate:
     channels: tuple[int, int]
     backend: str
     recompute: str | bool
-    layers: tuple[tuple[str, type], ...]  # path and class of every layer, as seen when the gate was fused
+    # Path, class and settings of the gate ("") and of every layer, as seen when it was fused.
+    layers: tuple[tuple[str, type, Settings], ...]
     cache: FoldCache = field(default_factory=FoldCache)
     decisions: Decisions = field(default_factory=Decisions)
 
@@ -54,17 +56,27 @@ class FusedGate:
         if not torch.compiler.is_compiling() and listened_globally():
             return "a hook on all modules (register_module_*_hook) waits for its layers to be called"
         dims = self.found.spec.spatial_dims
-        count = 0
+        count = 1  # the gate itself is the first
         for path, layer in walk(gate):
             if has_hooks(layer):
                 return f"a hook on {path} waits for that layer to be called"
-            known, seen = self.layers[count] if count < len(self.layers) else ("", type(None))
+            known, seen, _ = self.layers[count] if count < len(self.layers) else ("", type(None), ())
             if path != known or not _as_seen(type(layer), seen, dims):
                 return f"{path} is a {type(layer).__name__} now{_remark(layer)}"
             if layer.training and self.found.training:
                 return f"in training mode {self.found.training}; in eval mode it runs fused"
             count += 1
-        return "" if count == len(self.layers) else f"{self.layers[count][0]} is gone"
+        if count < len(self.layers):
+            return f"{self.layers[count][0]} is gone"
+        return self.changed(gate)
+
+    def changed(self, gate: nn.Module) -> str:
+        """Which plain attribute of the gate or of a layer isn't what it was when the gate was fused."""
+        for path, _, settings in self.layers:
+            layer = find_layer(gate, path)
+            if layer is not None and (what := changed(layer, settings)):
+                return f"{path}{'.' if path else ''}{what} now"
+        return ""
 
     def takes(self, gate: nn.Module, x: Any, g: Any) -> bool:
         """Whether the fused operators compute for these maps what the original forward does.
@@ -124,11 +136,11 @@ class FusedGate:
 
     def plan(self, gate: nn.Module, x: Any, g: Any) -> str | None:
         """The engine's plan for these maps; None or empty where the original forward is to run."""
-        options = self.backend, self.recompute, *_modes(gate, self.paths)
+        options = self.backend, self.recompute, self.changed(gate), *_modes(gate, self.paths)
         return self.decisions.of(walk(gate), x, g, options, lambda: self._plan(gate, x, g), safe="")
 
     def _plan(self, gate: nn.Module, x: Any, g: Any) -> str | None:
-        if not self.takes(gate, x, g) or self.why_original(gate):
+        if self.why_original(gate) or not self.takes(gate, x, g):
             return None
         if not self.pays(gate, x):
             return ""
@@ -162,13 +174,9 @@ def _without_autocast(x: Tensor, parts: eager.Parts) -> bool:
 def _modes(gate: nn.Module, paths: Layers) -> tuple[bool | None, ...]:
     """Whether the norms before the logits are in training mode; None for those that there aren't."""
 
-    def mode(path: str | None) -> bool | None:
-        try:
-            return find_layer(gate, path).training if path else None
-        except (KeyError, AttributeError):  # it is gone, or frozen
-            return None
-
-    return tuple(map(mode, (paths.theta_norm, paths.phi_norm, paths.psi_norm)))
+    norms = (paths.theta_norm, paths.phi_norm, paths.psi_norm)
+    # A frozen one has no mode.
+    return tuple(path and getattr(find_layer(gate, path), "training", None) for path in norms)
 
 
 def _in_own_dtype(x: Tensor, g: Tensor, parts: eager.Parts) -> tuple[Tensor, Tensor, AbstractContextManager]:
@@ -179,11 +187,10 @@ def _in_own_dtype(x: Tensor, g: Tensor, parts: eager.Parts) -> tuple[Tensor, Ten
     return x, g.to(x.dtype), torch.autocast(x.device.type, enabled=False)
 
 
-def patch(gate: nn.Module, state: FusedGate) -> None:
-    """Gives the gate its class and its state."""
+def patch(gate: nn.Module, state: FusedGate, cls: type) -> None:
+    """Gives the gate its class, `fused_class` of its own, and its state."""
     gate.__dict__[STATE] = state
-    if not _is_patched(type(gate)):
-        gate.__class__ = _fused_class(type(gate))
+    gate.__class__ = cls
 
 
 def unpatch(gate: nn.Module) -> None:
@@ -213,11 +220,10 @@ def layers_of(gate: nn.Module, paths: Layers) -> Layers:
     return Layers(*[None if path is None else find_layer(gate, path) for path in paths])
 
 
-def find_layer(gate: nn.Module, path: str) -> nn.Module:
-    """The layer at a dotted path."""
-    for name in path.split("."):
-        gate = gate._modules[name]
-    return gate
+def seen_in(gate: nn.Module) -> tuple[tuple[str, type, Settings], ...]:
+    """What `FusedGate.layers` says of a gate."""
+    layers = [("", gate), *walk(gate)]
+    return tuple((path, type(layer), settings_of(layer)) for path, layer in layers)
 
 
 def _run(gate: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -244,12 +250,21 @@ def _knows_more(t: Tensor) -> bool:
     return type(t) is not Tensor and type(t).__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
-def _fused_class(cls: type) -> type:
-    """The class of fused gates of class `cls`; one for all of them."""
+def fused_class(cls: type) -> type:
+    """The class of fused gates of class `cls`, one for all of them; itself if it is one already.
+
+    Raises:
+        Unreadable: the class doesn't let others inherit from it so.
+    """
+    if _is_patched(cls):
+        return cls
     if cls not in _classes:
         names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
         members = {**names, "forward": _fused_forward(cls.forward), "__reduce_ex__": _reduce, STATE: None}
-        _classes[cls] = type(cls.__name__, (cls,), members)
+        try:
+            _classes[cls] = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(members))
+        except Exception as error:  # __init_subclass__ that wants arguments, say
+            raise Unreadable(f"its class can't be inherited from: {type(error).__name__}: {error}") from None
     return _classes[cls]
 
 
@@ -281,7 +296,7 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 
 
 def _rebuild(cls: type, *args: Any) -> nn.Module:
-    fused = _fused_class(cls)
+    fused = fused_class(cls)
     return fused.__new__(fused, *args)
 
 
@@ -301,7 +316,10 @@ def _heard(state: FusedGate, gate: nn.Module, original: Callable, args: tuple, k
     def hear(layer: nn.Module, inputs: Any, logits: Tensor) -> None:
         tell(gate, eager.normalise(logits, state.found.spec.normaliser))
 
-    handle = find_layer(gate, state.paths.psi_norm or state.paths.psi).register_forward_hook(hear)
+    logits = find_layer(gate, state.paths.psi_norm or state.paths.psi)
+    if logits is None:
+        return original(gate, *args, **kwargs)
+    handle = logits.register_forward_hook(hear)
     try:
         return original(gate, *args, **kwargs)
     finally:

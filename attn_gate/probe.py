@@ -6,6 +6,7 @@ that no parameter, buffer, mode or random state changes.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from attn_gate import engine, reference
-from attn_gate.families import OPTIONS, GateFamily, Layers, Structure, Unreadable, find
+from attn_gate.families import OPTIONS, GateFamily, Layers, Structure, Unreadable, find_layer
 from attn_gate.folding import FoldCache
 from attn_gate.spec import GateSpec
 from attn_gate.twin import make_twin
 
 _TOLERANCE = 1e-8  # of float64 results, relative to their scale
+
+
+Case = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # x, g, and what the gate makes of them
 
 
 class Found(NamedTuple):
@@ -106,6 +110,8 @@ def _probe(family: GateFamily, structure: Structure, gate: nn.Module) -> Found:
                     steps = (spec, structure.paths, twin, x, g, x_first, returns)
                     if reason := _difference(*steps, training=False) or _remembers(twin, x, g, x_first):
                         raise Unreadable(reason)
+                    if _clips(*steps):
+                        raise Unreadable("its results differ where values are large, as if it clipped them")
                     training = _difference(*steps, training=True)
                     return Found(spec, names, x_first, returns, training, divides=first == "divided")
     if not ran:
@@ -181,11 +187,26 @@ def _original(twin: nn.Module, x: Tensor, g: Tensor, x_first: bool) -> tuple[Ten
     return outputs
 
 
-def _agrees(
-    spec: GateSpec, paths: Layers, twin: nn.Module, cases: list[tuple[Tensor, Tensor, tuple[Tensor, ...]]]
-) -> str:
-    """What the gate returns, if this spec computes that in every case; else nothing."""
-    returns = {"y"} if len(cases[0][2]) == 1 else {"y, alpha", "y, resized alpha"}
+def _clips(
+    spec: GateSpec, paths: Layers, twin: nn.Module, x: Tensor, g: Tensor, x_first: bool, returns: str
+) -> bool:
+    """Whether results differ where sums and logits are large, as those of a ReLU6 or clamped ones do."""
+    loud = make_twin(twin)
+    with torch.no_grad():
+        for parameter in loud.parameters():
+            parameter.mul_(10)
+    for net, times in ((twin, 30.0), (twin, 1000.0), (loud, 30.0)):
+        far = x * times, g * times
+        with contextlib.suppress(Unreadable):  # its own results aren't finite there
+            expected = _original(net.eval(), *far, x_first)
+            if not _agrees(spec, paths, net, [(*far, expected)], returns):
+                return True
+    return False
+
+
+def _agrees(spec: GateSpec, paths: Layers, twin: nn.Module, cases: list[Case], known: str = "") -> str:
+    """What the gate returns, if this spec computes that in every case; else nothing. known: what it is."""
+    returns = {known} if known else {"y"} if len(cases[0][2]) == 1 else {"y, alpha", "y, resized alpha"}
     with torch.no_grad():
         for x, g, expected in cases:
             try:
@@ -260,7 +281,7 @@ def _step(run: Callable, twin: nn.Module, x: Tensor, g: Tensor, training: bool) 
 
 
 def _run(spec: GateSpec, paths: Layers, net: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    parts = Layers(*[find(net, path) for path in paths])
+    parts = Layers(*[find_layer(net, path) for path in paths])
     options = {"recompute": True, "plan": engine.decide(spec, parts, x, g, recompute=True)}
     return engine.run(spec, parts, x, g, backend="cpu", cache=FoldCache(), **options)
 

@@ -233,6 +233,147 @@ def test_layers_replaced_after_fusing(net, runs):
     assert runs == [net.grid, net.lee]
 
 
+class Adjustable(nn.Module):
+    """A gate with what people turn while they train: dropout, a temperature, a flag, a plain function."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_g, self.W_x, self.psi = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 1, 1)
+        self.act, self.drop, self.squash = nn.LeakyReLU(0.01), nn.Dropout(0.0), torch.sigmoid
+        self.temperature, self.factor, self.shifts = 1.0, torch.tensor(1.0), [0.0, {"of": 0.0}]
+        self.returns_alpha = False
+
+    def forward(self, g, x):
+        logits = self.psi(self.drop(self.act(self.W_g(g) + self.W_x(x)))) / self.temperature
+        alpha = self.squash(logits * self.factor + self.shifts[0] + self.shifts[1]["of"])
+        return (x * alpha, alpha) if self.returns_alpha else x * alpha
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (lambda gate: setattr(gate, "temperature", 0.1), "temperature is 0.1 now"),
+        (lambda gate: setattr(gate, "act", nn.LeakyReLU(0.2)), "act.negative_slope is 0.2 now"),
+        (lambda gate: setattr(gate.drop, "p", 0.5), "drop.p is 0.5 now"),
+        (lambda gate: setattr(gate, "returns_alpha", True), "returns_alpha is True now"),
+        (lambda gate: setattr(gate, "squash", torch.tanh), "squash is <built-in method tanh"),
+        (lambda gate: gate.factor.fill_(2), "factor is another tensor now"),
+        (lambda gate: gate.shifts.__setitem__(0, 1.0), "shifts is [1.0, {'of': 0.0}] now"),
+        (lambda gate: gate.shifts[1].update(of=1.0), "shifts is [0.0, {'of': 1.0}] now"),
+        (lambda gate: setattr(gate.W_x, "padding", (1, 1)), "W_x.padding is (1, 1) now"),
+        (lambda gate: setattr(gate, "W_x", nn.Conv2d(3, 4, 3, padding=1)), "W_x.kernel_size is (3, 3) now"),
+        (lambda gate: delattr(gate, "temperature"), "temperature is gone now"),
+    ],
+)
+def test_what_a_gate_computes_with_may_change_after_fusing(change, reason, runs):
+    gate = Adjustable()
+    report = fuse.fuse_gates(gate)
+    maps = [torch.randn(2, 3, 96, 96) for _ in range(2)]
+    gate(*maps)
+    assert runs == [gate] and not report.skipped
+    change(gate)
+    reference = copy.deepcopy(gate)
+    fuse.unfuse_gates(reference)
+    assert report.skipped[""].startswith(reason)
+    for _ in range(2):  # the second time by what was decided
+        torch.manual_seed(1)
+        found = outcome(lambda: gate(*maps))
+        torch.manual_seed(1)
+        expected = outcome(lambda: reference(*maps))
+        assert type(found) is type(expected)
+        if isinstance(found, tuple) and isinstance(found[0], type):
+            assert found == expected  # what is raised
+        else:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert runs == [gate]
+
+
+def test_settings_that_make_no_difference(net, runs):
+    fuse.fuse_gates(net)
+    net.lee.relu.inplace = False
+    net.lee.W_g[1].eps = net.lee.W_g[1].momentum = 0.3
+    net.lee.of_somebody_else = 1
+    reference = copy.deepcopy(net)
+    fuse.unfuse_gates(reference)
+    torch.testing.assert_close(net(x := image()), reference(x))
+    assert runs == [net.grid, net.lee]
+
+
+class Wrapper(nn.Module):
+    """Passes on what it wraps, as many do."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.gate, name)
+
+    def forward(self, g, x):
+        return self.gate(g, x)
+
+
+def test_a_wrapper_is_no_gate_but_what_it_wraps_is(runs):
+    wrapper = Wrapper(seasoned(LeeGate(6, 3, 2))).eval()
+    maps = torch.randn(2, 6, 9, 9), torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        expected = wrapper(*maps)
+        report = fuse.fuse_gates(wrapper)
+        assert list(report.fused) == ["gate"] and not report.skipped and "gate" in str(report)
+        torch.testing.assert_close(wrapper(*maps), expected)
+    assert runs == [wrapper.gate]
+
+
+def test_norms_folded_into_layers_after_fusing(net, runs):
+    expected = net(x := image())
+    report = fuse.fuse_gates(net)
+    for name in ("W_g", "W_x"):
+        setattr(net.lee, name, torch.nn.utils.fuse_conv_bn_eval(*getattr(net.lee, name)))
+    torch.testing.assert_close(net(x), expected)
+    assert runs == [net.grid] and report.skipped == {"lee": "W_g is a Conv2d now"}
+    with attn_gate.capture_attention(net) as maps:
+        net(x)
+    assert list(maps) == ["grid", "lee"]
+
+
+class Empty(nn.Module):
+    """Named as a gate's layers are, without a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta, self.phi, self.psi = nn.Identity(), nn.Identity(), nn.Identity()
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_layers_without_parameters(net, backend):
+    net.empty = Empty()
+    report = fuse.fuse_gates(net, backend)
+    assert list(report.fused) == ["lee", "grid"] and list(report.skipped) == ["empty"]
+
+
+def test_a_class_that_others_cannot_inherit_from(net, runs):
+    class Sealed(LeeGate):
+        def __init_subclass__(cls, *, key):
+            pass
+
+    net.lee = seasoned(Sealed(6, 3, 2)).eval()
+    report = fuse.fuse_gates(net)
+    assert list(report.fused) == ["grid"]
+    assert report.skipped["lee"].startswith("its class can't be inherited from: TypeError: ")
+    net(image())
+    assert runs == [net.grid]
+
+
+def test_what_is_raised_on_the_way_leaves_no_gate_fused(net, monkeypatch):
+    monkeypatch.setattr(fuse, "GateEntry", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fuse.fuse_gates(net)
+    assert fuse.unfuse_gates(net) == 0
+
+
 def test_hooks_on_all_modules(net, runs):
     report = fuse.fuse_gates(net)
     seen = []
@@ -450,6 +591,16 @@ def test_bad_families():
         attn_gate.GateFamily(name="mine", x="a", g="b", psi=None)
     with pytest.raises(ValueError, match="options of a GateFamily are resize, .*; got 'activaton'"):
         attn_gate.GateFamily(name="mine", x="a", g="b", psi="c", options={"activaton": ["relu"]})
+    with pytest.raises(TypeError, match="out of a GateFamily must be a non-empty string; got 3"):
+        attn_gate.GateFamily(name="mine", x="a", g="b", psi="c", out=3)
+    for options, error, text in (
+        ({"resize": "linear"}, TypeError, "must be values to try; got 'linear'"),
+        ({"resize": []}, TypeError, r"must be values to try; got \[\]"),
+        ({"activation": ["swish"]}, ValueError, "must be one of 'relu', .*; got 'swish'"),
+    ):
+        key = next(iter(options))
+        with pytest.raises(error, match=rf"options\['{key}'\] of a GateFamily {text}"):
+            attn_gate.GateFamily(name="mine", x="a", g="b", psi="c", options=options)
 
 
 # ---- the report and the arguments

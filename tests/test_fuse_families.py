@@ -325,6 +325,19 @@ class Steep(LeeGate):
         return x * self.psi(F.leaky_relu(self.W_g(g) + self.W_x(x), 0.2))
 
 
+class Clipping(LeeGate):
+    """Clips the sum as a ReLU6 does, or further up, or the logits."""
+
+    def __init__(self, sums=float("inf"), logits=float("inf")):
+        super().__init__(8, 6, 4)
+        self.sums, self.logits = sums, logits
+
+    def forward(self, g, x):
+        q = self.relu(self.W_g(g) + self.W_x(x)).clamp(max=self.sums)
+        logits = self.psi[1](self.psi[0](q)).clamp(-self.logits, self.logits)
+        return x * self.psi[2](logits)
+
+
 class OtherCall(LeeGate):
     def forward(self, g, x, mask):
         return super().forward(g, x) * mask
@@ -342,6 +355,9 @@ class Grouped(LeeGate):
         (lambda: Residual(8, 6, 4), "no gate of its family computes what its forward does"),
         (lambda: Steep(8, 6, 4), "no gate of its family computes what its forward does"),
         (lambda: Detached(8, 6, 4), "its gradients or running statistics differ"),
+        (lambda: Clipping(sums=6.0), "its results differ where values are large"),
+        (lambda: Clipping(sums=100.0), "its results differ where values are large"),
+        (lambda: Clipping(logits=10.0), "its results differ where values are large"),
         (Concatenated, "the projections make 4 and 4 channels, psi takes 8"),
         (Extra, "more parameters or buffers than its family: scale"),
         (lambda: OtherCall(8, 6, 4), "not two maps"),
