@@ -155,8 +155,8 @@ def fuse_gates(model: nn.Module, backend: str = "auto", *, recompute: str | bool
     results stay what they were; so checkpoints fit both ways. Gates are recognised by their layers (see
     attn_gate.GateFamily and register_family), and only taken if a run of each, on tiny random input in eval
     and training mode, agreed with its own forward. A gate whose layers get hooks or parametrisations, then or
-    later, runs as it was; so does one of which a layer is replaced by another kind or a plain attribute changes
-    (a temperature, a dropout's p), and a call that the operators don't take.
+    later, runs as it was; so does one of which a layer is replaced by another kind of layer, or a plain
+    attribute changes (a temperature, a dropout's p), and a call that the operators don't take.
 
     Args:
         model: any module; a gate itself too. Call it before DistributedDataParallel, fully_shard and

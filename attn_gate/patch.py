@@ -30,7 +30,7 @@ from attn_gate.families import Layers, Unreadable, find_layer, norm_kind
 from attn_gate.folding import FoldCache
 from attn_gate.listening import LISTENER, tell
 from attn_gate.probe import Found, arrange
-from attn_gate.settings import Settings, changed, settings_of
+from attn_gate.settings import Settings, changed, described, settings_of
 
 STATE = "_attn_gate"
 _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
@@ -68,14 +68,19 @@ class FusedGate:
             count += 1
         if count < len(self.layers):
             return f"{self.layers[count][0]} is gone"
-        return self.changed(gate)
+        what = self.changed(gate)
+        if not what or torch.compiler.is_compiling():
+            return what
+        path, _, name = what.rpartition(".")
+        return f"{what} {described(find_layer(gate, path), name)}"
 
     def changed(self, gate: nn.Module) -> str:
-        """Which plain attribute of the gate or of a layer isn't what it was when the gate was fused."""
+        """Which plain attribute of the gate or of a layer, by its dotted name, isn't what it was when it
+        was fused; empty where all are."""
         for path, _, settings in self.layers:
             layer = find_layer(gate, path)
-            if layer is not None and (what := changed(layer, settings)):
-                return f"{path}{'.' if path else ''}{what} now"
+            if layer is not None and (name := changed(layer, settings)):
+                return f"{path}.{name}" if path else name
         return ""
 
     def takes(self, gate: nn.Module, x: Any, g: Any) -> bool:

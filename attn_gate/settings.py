@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import numbers
+import reprlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -40,15 +41,20 @@ def settings_of(layer: nn.Module) -> Settings:
 
 
 def changed(layer: nn.Module, seen: Settings) -> str:
-    """The first of these settings that isn't what it was, and what it is, such as "p is 0.5"; or nothing."""
+    """The first of these settings that isn't what it was; empty where all are."""
     now = layer.__dict__
     for name, value in seen:
-        if name not in now:
-            return f"{name} is gone"
-        current = now[name]
-        if current is not value and _frozen(current) != value:
-            return f"{name} is {'another tensor' if isinstance(current, Tensor) else repr(current)}"
+        if name not in now or (now[name] is not value and _frozen(now[name]) != value):
+            return name
     return ""
+
+
+def described(layer: nn.Module, name: str) -> str:
+    """What became of a changed setting, such as "is 0.5 now"."""
+    if name not in layer.__dict__:
+        return "is gone"
+    value = layer.__dict__[name]
+    return f"is {'another tensor' if isinstance(value, Tensor) else reprlib.repr(value)} now"
 
 
 def _frozen(value: Any, depth: int = _DEPTH) -> Any:
@@ -56,6 +62,8 @@ def _frozen(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, _PLAIN) or (isinstance(value, Callable) and not isinstance(value, nn.Module)):
         return value
     if isinstance(value, Tensor):
+        if torch.compiler.is_compiling():  # which can't tell, so it counts as changed
+            return None
         return id(value), None if value.is_inference() else value._version
     if isinstance(value, dict):
         value = tuple(value.items())
