@@ -11,11 +11,12 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _library, architectures, composed
+from . import _library, architectures, checks, composed
 
 _VARIABLE = "ATTN_GATE_BACKEND"
 _log = logging.getLogger("attn_gate")
@@ -89,6 +90,15 @@ if _library.has_cuda_library:
     composed.implement_on_cuda()
 
 
+def check(backend: Any, argument: str = "backend") -> None:
+    """One of the names that `choose` takes.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    checks.check_choice(argument, backend, ("auto", *BACKENDS))
+
+
 def choose(backend: str, x: Tensor, operator: str = "attention_gate") -> str:
     """The backend that computes this operator of x: `backend` itself, or for "auto" the first that can.
 
@@ -103,9 +113,7 @@ def choose(backend: str, x: Tensor, operator: str = "attention_gate") -> str:
     if backend == "auto" and os.environ.get(_VARIABLE):
         argument, backend = f"the environment variable {_VARIABLE}", os.environ[_VARIABLE]
     if backend != "auto":
-        if backend not in BACKENDS:
-            choices = ", ".join(map(repr, ("auto", *BACKENDS)))
-            raise ValueError(f"{argument} must be one of {choices}; got {backend!r}")
+        check(backend, argument)
         if reason := BACKENDS[backend].why_not(x.device, x.dtype):
             raise ValueError(f"{argument} is {backend!r}, which can't be used: {reason}; use 'auto'")
         return backend

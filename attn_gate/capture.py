@@ -6,7 +6,7 @@ run unfused for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def capture_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     before = {name: gate.__dict__.get(LISTENER) for name, gate in gates.items()}
     try:
         for name, gate in gates.items():
-            gate.__dict__[LISTENER] = _listener(maps, name)
+            gate.__dict__[LISTENER] = _Listener(maps, name)
         yield maps
     finally:
         for name, gate in gates.items():
@@ -58,8 +58,14 @@ def capture_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                 gate.__dict__[LISTENER] = before[name]
 
 
-def _listener(maps: dict[str, Tensor], name: str) -> Callable[[Tensor], None]:
-    def listen(alpha: Tensor) -> None:
-        maps[name] = alpha.detach()
+class _Listener:
+    """Keeps the last map of one gate. Nobody listens to copies and pickles of the gate: there it is None."""
 
-    return listen
+    def __init__(self, maps: dict[str, Tensor], name: str) -> None:
+        self._maps, self._name = maps, name
+
+    def __call__(self, alpha: Tensor) -> None:
+        self._maps[self._name] = alpha.detach()
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()

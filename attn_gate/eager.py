@@ -9,6 +9,7 @@ work.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from attn_gate import reference
 from attn_gate.spec import GateSpec
 
 Run = Callable[[nn.Module, Tensor], Tensor]
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class Parts(Protocol):
@@ -32,6 +34,11 @@ class Parts(Protocol):
     phi_norm: nn.Module | None
     psi_norm: nn.Module | None
     W: nn.Module | None
+
+
+def are_convolutions(parts: Parts) -> bool:
+    """Whether theta and phi have weights that tell what they cost; a replaced layer may be anything."""
+    return isinstance(parts.theta, nn.modules.conv._ConvNd) and isinstance(parts.phi, nn.modules.conv._ConvNd)
 
 
 def gate(spec: GateSpec, parts: Parts, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,13 +142,26 @@ def call(layer: nn.Module, t: Tensor, run: Run | None = None) -> Tensor:
 
     run: another way to have layer(t).
     """
-    # A layer's own weight, which a parametrised one has not: layer.weight would compute that.
-    own = layer._parameters
-    parameter = own["weight"] if "weight" in own else next(layer.parameters(), None)
-    if parameter is not None and parameter.dtype != t.dtype and reference.autocast_dtype(t) is None:
-        t = t.to(parameter.dtype)
+    dtype = _dtype_of(layer)
+    if dtype is not None and dtype != t.dtype and reference.autocast_dtype(t) is None:
+        t = t.to(dtype)
     return layer(t) if run is None else run(layer, t)
 
 
 def _normed(norm: nn.Module | None, t: Tensor) -> Tensor:
-    return t if norm is None else call(norm, t)
+    if norm is None:
+        return t
+    dtype = _dtype_of(norm)
+    # Autocast casts what convolutions take, not what norms do, whose 16 bits take maps of that dtype only.
+    if dtype in _SIXTEEN_BITS:
+        t = t.to(dtype)
+    return call(norm, t)
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype | None:
+    """The dtype of the layer's parameters, or where it has none of its buffers; None where it has neither."""
+    # A layer's own weight, which a parametrised one has not: layer.weight would compute that.
+    own = layer._parameters  # which has no `get` in TorchScript
+    weight = own["weight"] if "weight" in own else None
+    first = next(chain(layer.parameters(), layer.buffers()), None) if weight is None else weight
+    return None if first is None else first.dtype

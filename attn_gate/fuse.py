@@ -174,7 +174,7 @@ def fuse_gates(model: nn.Module, backend: str = "auto", *, recompute: str | bool
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    checks.check_choice("backend", backend, ("auto", *backends.BACKENDS))
+    backends.check(backend)
     checks.check_recompute(recompute)
     unfuse_gates(model)
     gates = [(name, m) for name, m in model.named_modules() if not isinstance(m, AttentionGate)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-LISTENER = "_attn_gate_listener"  # an attribute of the gate: a function of alpha
+LISTENER = "_attn_gate_listener"  # an attribute of the gate: a function of alpha, or None
 
 
 def tell(gate: nn.Module, alpha: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_gate import _library, pointwise, reference
-from attn_gate.eager import Parts
+from attn_gate.eager import Parts, are_convolutions
 
 AVAILABLE: bool = _library.has_bfloat16()
 OURS: bool = _library.multiplies_bfloat16()
@@ -19,7 +19,7 @@ OURS: bool = _library.multiplies_bfloat16()
 
 def serve(x: Tensor, parts: Parts) -> bool:
     """Whether PyTorch's convolutions of such maps by these layers are bfloat16's, on such units."""
-    if not AVAILABLE or x.device.type != "cpu":
+    if not AVAILABLE or x.device.type != "cpu" or not are_convolutions(parts):
         return False
     weights = {parts.theta.weight.dtype, parts.phi.weight.dtype}
     if (autocast := reference.autocast_dtype(x)) is not None:

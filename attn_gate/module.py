@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from attn_gate import engine
+from attn_gate import backends, checks, engine, functional, reference
 from attn_gate.decisions import Decisions
 from attn_gate.folding import FoldCache
 from attn_gate.listening import tell
 from attn_gate.norms import make_norm
-from attn_gate.spec import Fusion, GateSpec
+from attn_gate.spec import PRESETS, Fusion, GateSpec
 
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _CONVOLUTIONS = (*engine.CONVOLUTIONS.values(), *_TRANSPOSED.values())
@@ -68,15 +70,11 @@ class AttentionGate(nn.Module):
         **overrides: Any,
     ) -> None:
         super().__init__()
+        in_channels = checked_channels("in_channels", in_channels)
+        gating_channels = checked_channels("gating_channels", gating_channels)
         inter_channels = max(1, in_channels // 2) if inter_channels is None else inter_channels
-        channels = {
-            "in_channels": in_channels,
-            "gating_channels": gating_channels,
-            "inter_channels": inter_channels,
-        }
-        for name, value in channels.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+        inter_channels = checked_channels("inter_channels", inter_channels)
+        check_preset("preset", preset)
         if isinstance(preset, GateSpec):
             if spatial_dims not in (None, preset.spatial_dims):
                 raise ValueError(
@@ -87,7 +85,8 @@ class AttentionGate(nn.Module):
             spec = GateSpec.from_preset(preset, 2 if spatial_dims is None else spatial_dims, **overrides)
 
         self.spec = spec
-        self.in_channels, self.gating_channels, self.inter_channels = channels.values()
+        self.in_channels, self.gating_channels = in_channels, gating_channels
+        self.inter_channels = inter_channels
         self.backend = backend
         self.recompute = recompute
         self._decisions, self._fold_cache = Decisions(), FoldCache()
@@ -131,6 +130,14 @@ class AttentionGate(nn.Module):
         if init != "default":
             self.reset_parameters(init)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Checks the attributes that may be changed at any time when they are."""
+        if name == "backend":
+            backends.check(value)
+        elif name == "recompute":
+            checks.check_recompute(value)
+        super().__setattr__(name, value)
+
     def reset_parameters(self, init: str = "default") -> None:
         """Draws new parameters: "default", PyTorch's; "paper", that of the authors' code.
 
@@ -155,7 +162,7 @@ class AttentionGate(nn.Module):
         psi_channels="in_channels" makes alpha [N, C, *R].
 
         Raises:
-            TypeError: x or g isn't a floating tensor.
+            TypeError: x or g isn't a floating tensor, or their dtypes differ.
             ValueError: ranks, batches, channels, devices or grids don't fit.
         """
         backend, recompute = self.backend, self.recompute
@@ -165,6 +172,7 @@ class AttentionGate(nn.Module):
             self.spec, self, x, g, plan=plan, backend=backend, recompute=recompute, cache=self._fold_cache
         )
         tell(self, alpha)
+        (y,) = functional.cast(y)  # the product has x's dtype, the output transform that of its last layer
         return (y, alpha) if return_attention else y
 
     def fusion(self, x: Tensor | None = None, g: Tensor | None = None) -> Fusion:
@@ -204,6 +212,12 @@ class AttentionGate(nn.Module):
             raise ValueError(f"x and g must have the same batch size; got {x.shape[0]} and {g.shape[0]}")
         if x.device != g.device:
             raise ValueError(f"x and g must be on the same device; got {x.device} and {g.device}")
+        dtypes = {x.dtype, g.dtype}
+        if len(dtypes) > 1 and (reference.autocast_dtype(x) is None or torch.float64 in dtypes):
+            raise TypeError(
+                f"x and g must have the same dtype; got {x.dtype} and {g.dtype}; cast one of them, or use "
+                "torch.autocast, which casts all but float64"
+            )
 
         x_size, g_size = tuple(x.shape[2:]), tuple(g.shape[2:])
         theta_size, phi_size = spec.theta_grid(x_size, g_size), spec.phi_grid(g_size)
@@ -220,3 +234,21 @@ class AttentionGate(nn.Module):
                 f"alpha_resize='none' needs alpha on x's grid {x_size}; got {theta_size}. "
                 "Make the gate with alpha_resize='linear', 'nearest' or 'align_corners'"
             )
+
+
+def checked_channels(name: str, value: Any) -> int:
+    """A number of channels; NumPy's integers are some too."""
+    try:
+        channels = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        channels = 0
+    if channels < 1:
+        raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
+    return channels
+
+
+def check_preset(name: str, preset: Any) -> None:
+    """A GateSpec or the name of one."""
+    if not isinstance(preset, GateSpec) and not (isinstance(preset, str) and preset in PRESETS):
+        names = ", ".join(map(repr, PRESETS))
+        raise ValueError(f"{name} must be one of {names}, or a GateSpec; got {preset!r}")

@@ -90,6 +90,8 @@ def pays(x: Tensor, parts: Parts) -> bool:
     products of bfloat16 (Zen 5), 0.4 to 0.8 times from 29 on, beside what `left_alone` leaves. Under
     torch.compile and torch.func there are products of the patches with themselves.
     """
+    if not eager.are_convolutions(parts):
+        return False
     if x.device.type != "cpu" or torch.compiler.is_exporting():
         return False  # not measured there; an exported program may get any size
     inter = parts.theta.weight.shape[0]

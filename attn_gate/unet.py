@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attn_gate.module import AttentionGate
+from attn_gate.module import AttentionGate, check_preset, checked_channels
 from attn_gate.norms import make_norm
 from attn_gate.reference import resize
 from attn_gate.spec import NORMS, GateSpec
@@ -65,8 +65,14 @@ class AttentionUNet(nn.Module):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}; got {norm!r}")
+        in_channels = checked_channels("in_channels", in_channels)
+        out_channels = checked_channels("out_channels", out_channels)
+        if not isinstance(channels, Iterable):
+            raise TypeError(f"channels must be a sequence of integers, one for each level; got {channels!r}")
+        channels = tuple(checked_channels(f"channels[{i}]", c) for i, c in enumerate(channels))
         if len(channels) < 2:
-            raise ValueError(f"channels must name two levels at least; got {tuple(channels)!r}")
+            raise ValueError(f"channels must name two levels at least; got {channels!r}")
+        check_preset("gate", gate)
         if isinstance(gate, GateSpec):
             spec = gate.replace(**(gate_options or {}))
             if spec.spatial_dims != spatial_dims:

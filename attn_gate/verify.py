@@ -59,8 +59,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=BACKENDS, nargs="+", help="only these (default: all that work here)"
     )
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="only these (default: all)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random numbers (default: 0)")
+    parser.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of the random numbers (default: 0)"
+    )
     parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK_DTYPES)}")
+
+
+def _seed(text: str) -> int:
+    """A seed that torch.manual_seed takes."""
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = None
+    if seed is None or not -(2**63) <= seed < 2**64:
+        raise argparse.ArgumentTypeError(f"N must be an integer from -2^63 to 2^64 - 1; got {text!r}")
+    return seed
 
 
 def run(args: argparse.Namespace) -> int:

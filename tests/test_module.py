@@ -8,6 +8,7 @@ import pickle
 from collections import Counter
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attn_gate import eager, functional
+from attn_gate import eager, functional, matrix_units
 from attn_gate.module import AttentionGate
 from attn_gate.spec import CHOICES, GateSpec
 
@@ -412,6 +413,21 @@ def test_parametrised_layers_run_as_modules():
     check(gate, x, g)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("recompute", ["auto", True, False])
+@pytest.mark.parametrize("layer", ["theta", "phi", "psi"])
+@pytest.mark.parametrize("preset", ["paper", "keras", "same_grid"])
+def test_layers_wrapped_in_others_run_as_modules(preset, layer, recompute, training, monkeypatch):
+    monkeypatch.setattr(matrix_units, "AVAILABLE", True)
+    gate = AttentionGate(6, 8, 4, preset=preset, recompute=recompute).double().train(training)
+    setattr(gate, layer, nn.Sequential(getattr(gate, layer), nn.Identity()))
+    half = 1 if preset == "same_grid" else 2
+    x, g = torch.randn(2, 6, 8, 8).double(), torch.randn(2, 8, 8 // half, 8 // half).double()
+    plans = ("apply", "eager") if layer == "psi" else ("chain", "chain_logits", "eager")
+    assert gate.fusion(x, g).plan in plans
+    check(gate, x, g)
+
+
 # ---- dtypes
 
 
@@ -455,6 +471,73 @@ def test_autocast(preset, backend, training):
     torch.testing.assert_close(y.float(), expected, rtol=0, atol=8e-2)
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32 and gate.theta.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("psi_norm", ["batch", "instance", "group"])
+@pytest.mark.parametrize("preset", ["paper", "keras", "same_grid"])
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_in_16_bit_under_autocast(preset, psi_norm, training, dtype):
+    gate = seasoned(AttentionGate(64, 64, 8, preset=preset, psi_norm=psi_norm)).to(dtype).train(training)
+    plain = copy.deepcopy(gate)
+    plain.backend = "eager"
+    half = 1 if preset == "same_grid" else 2
+    for size in (16, 64):
+        x, g = torch.randn(1, 64, size, size), torch.randn(1, 64, size // half, size // half)
+        x, g = x.to(dtype), g.to(dtype)
+        with torch.autocast("cpu", dtype):
+            expected, expected_alpha = plain(x, g, return_attention=True)
+            for gate.recompute in ("auto", True, False):
+                y, alpha = gate(x, g, return_attention=True)
+                assert (y.dtype, alpha.dtype) == (dtype, torch.float32)
+                torch.testing.assert_close(alpha, expected_alpha, rtol=0, atol=8e-2)
+                torch.testing.assert_close(y, expected, rtol=0, atol=0.3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_norms_without_parameters_in_16_bit(training):
+    gate, x, g = same_grid_case(torch.bfloat16)
+    gate.psi_norm = nn.BatchNorm2d(1, affine=False).bfloat16()
+    gate.train(training)
+    for gate.recompute in (True, False):
+        assert gate(x, g).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert gate(x, g).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"preset": "paper"}, {"preset": "keras"}, {"preset": "same_grid"}, {"combine": "multiply"}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_decides_the_dtype_on_every_path(options, training, backend, dtype):
+    gate = AttentionGate(64, 64, 8, backend=backend, **options).train(training)
+    gate = gate.double() if dtype == torch.float64 else gate
+    half = 1 if options.get("preset") == "same_grid" else 2
+    for size in (16, 128):
+        x, g = torch.randn(1, 64, size, size), torch.randn(1, 64, size // half, size // half)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, alpha = gate(x.to(dtype), g.to(dtype), return_attention=True)
+        double = dtype == torch.float64  # which autocast leaves alone
+        assert y.dtype == (torch.float64 if double else torch.bfloat16)
+        assert alpha.dtype == (torch.float64 if double else torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("preset", ["paper", "keras", "same_grid"])
+@pytest.mark.parametrize("training", [False, True])
+def test_maps_must_have_one_dtype(preset, training, backend):
+    gate = AttentionGate(6, 8, 4, preset=preset, backend=backend).train(training)
+    half = 1 if preset == "same_grid" else 2
+    x, g = torch.randn(2, 6, 8, 8), torch.randn(2, 8, 8 // half, 8 // half)
+    for other in (g.half(), g.double()):
+        with pytest.raises(TypeError, match=r"got torch.float32 and torch.float(16|64); cast one"):
+            gate(x, other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gate(x, g.half()).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match="which casts all but float64"):
+            gate(x, g.double())
 
 
 # ---- transforms and compilation
@@ -532,7 +615,13 @@ def test_papers_initialisation():
         ((0, 4), {}, ValueError, "in_channels must be an integer of at least 1; got 0"),
         ((4, 4.0), {}, ValueError, "gating_channels"),
         ((4, 4, 0), {}, ValueError, "inter_channels"),
+        (("4", 4), {}, ValueError, "in_channels must be an integer of at least 1; got '4'"),
+        ((True, 4), {}, ValueError, "in_channels must be an integer of at least 1; got True"),
         ((4, 4), {"preset": "oktay"}, ValueError, "preset must be one of"),
+        ((4, 4), {"preset": ["paper"]}, ValueError, "'same_grid', or a GateSpec; got ['paper']"),
+        ((4, 4), {"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'cpu', 'cuda', 'triton',"),
+        ((4, 4), {"recompute": "yes"}, ValueError, "recompute must be 'auto', True or False; got 'yes'"),
+        ((4, 4), {"recompute": None}, ValueError, "recompute must be 'auto', True or False; got None"),
         (
             (4, 4),
             {"preset": GateSpec(), "spatial_dims": 3},
@@ -552,6 +641,21 @@ def test_bad_construction(args, kwargs, error, text):
     with pytest.raises(error) as caught:
         AttentionGate(*args, **kwargs)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("name,value", [("backend", "gpu"), ("recompute", None), ("recompute", 1)])
+def test_attributes_are_checked_when_they_are_changed(name, value):
+    gate = AttentionGate(4, 4)
+    with pytest.raises(ValueError, match=f"{name} must be .*; got {value!r}"):
+        setattr(gate, name, value)
+    assert getattr(gate, name) == "auto"
+
+
+def test_channels_may_be_integers_of_numpy():
+    gate = AttentionGate(np.int64(8), np.int32(6), np.uint8(4))
+    assert [type(n) for n in (gate.in_channels, gate.gating_channels, gate.inter_channels)] == [int] * 3
+    assert repr(gate).startswith("AttentionGate(\n  8, 6, 4, ")
+    assert gate(torch.randn(1, 8, 4, 4), torch.randn(1, 6, 2, 2)).shape == (1, 8, 4, 4)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])

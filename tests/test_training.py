@@ -161,9 +161,11 @@ def test_hooks_on_psis_norm_are_called():
     assert (found["alpha"] == 0.5).all()
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("size", [(1, 6, 1, 1), (0, 6, 3, 3)])
-def test_too_few_values_fail_or_pass_as_in_pytorch(size):
-    gate, x, g = make({"preset": "same_grid"}, (2, 6, 5, 6), (2, 6, 5, 6))
+def test_too_few_values_fail_or_pass_as_in_pytorch(size, biased):
+    options = {"preset": "same_grid", "norm_biased_variance": biased}
+    gate, x, g = make(options, (2, 6, 5, 6), (2, 6, 5, 6))
     x, g = torch.randn(size), torch.randn(size)
     answers = []
     for backend in ("eager", "auto"):
@@ -399,6 +401,16 @@ def test_raw_operators_check_what_reaches_memory():
     ):
         with pytest.raises(RuntimeError, match="attn_gate: "):
             call()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)])
+def test_biased_norm_of_nothing_is_that_of_pytorch(shape):
+    results = []
+    for norm in (nn.BatchNorm2d(3), BiasedBatchNorm(3)):
+        y = norm(x := torch.empty(shape, requires_grad=True))
+        y.sum().backward()
+        results.append((y, x.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()))
+    torch.testing.assert_close(*results)
 
 
 def test_biased_norm_is_what_it_says():

@@ -137,7 +137,14 @@ def test_gate_options_and_specs():
     [
         ({"channels": (4,)}, ValueError, "two levels at least; got (4,)"),
         ({"norm": "layer"}, ValueError, "norm must be one of 'none', 'batch', 'instance', 'group'; got"),
-        ({"gate": "oktay"}, ValueError, "preset must be one of"),
+        ({"channels": 16}, TypeError, "channels must be a sequence of integers, one for each level; got 16"),
+        ({"channels": ("16", "32")}, ValueError, "channels[0] must be an integer of at least 1; got '16'"),
+        ({"channels": (16, 0)}, ValueError, "channels[1] must be an integer of at least 1; got 0"),
+        ({"in_channels": 0}, ValueError, "in_channels must be an integer of at least 1; got 0"),
+        ({"out_channels": None}, ValueError, "out_channels must be an integer of at least 1; got None"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of 'auto', 'cpu', 'cuda', 'triton', 'eager'"),
+        ({"gate": "oktay"}, ValueError, "gate must be one of 'paper', 'keras', 'same_grid', or a GateSpec"),
+        ({"gate": ["paper"]}, ValueError, "gate must be one of"),
         ({"gate": GateSpec(spatial_dims=3)}, ValueError, "gate has spatial_dims=3, the network 2"),
         ({"gate_options": {"kernel": 3}}, TypeError, "no field 'kernel'"),
     ],
@@ -146,6 +153,13 @@ def test_bad_construction(options, error, text):
     with pytest.raises(error) as caught:
         AttentionUNet(**options)
     assert text in str(caught.value)
+
+
+def test_an_unknown_backend_is_refused_when_it_is_set():
+    net = AttentionUNet(channels=(4, 8, 8))
+    with pytest.raises(ValueError, match="backend must be one of .*; got 'gpu'"):
+        net.set_backend("gpu")
+    assert {gate.backend for gate in net.gates} == {"auto"}
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 8, 8), (1, 8, 8), (1, 1, 8, 8, 8)])

@@ -96,6 +96,14 @@ def test_a_backend_that_does_not_work_here_is_refused_with_its_reason(monkeypatc
     assert "triton can't be used: no GPU here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seed", ["99999999999999999999", "-9223372036854775809", "1.5", "x"])
+def test_a_seed_that_there_is_not_is_refused(seed, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["verify", f"--seed={seed}"])
+    assert caught.value.code == 2
+    assert f"N must be an integer from -2^63 to 2^64 - 1; got '{seed}'" in capsys.readouterr().err
+
+
 class TestJudge:
     exact = {"y": torch.tensor([1.0, -2.0], dtype=torch.float64)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,40 @@ def test_activation_checkpointing(reentrant, training, runs):
         results.append([y, *[t.grad for t in leaves], *[p.grad for p in gate.parameters()]])
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
     assert runs == [gates[1]] * 2  # once forward, once recomputed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training,recompute", [(False, "auto"), (True, True), (True, False)])
+def test_autocast_of_a_network_in_16_bit(training, recompute, dtype, runs):
+    gate = seasoned(LeeGate(16, 16, 8)).train(training).to(dtype)
+    fused = copy.deepcopy(gate)
+    attn_gate.fuse_gates(fused, recompute=recompute)
+    for size in (8, 24):
+        x, g = (torch.randn(1, 16, size, size).to(dtype) for _ in range(2))
+        with torch.autocast("cpu", dtype):
+            expected, found = gate(g, x), fused(g, x)
+        assert found.dtype == expected.dtype == dtype
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_copies_made_while_maps_are_captured(fuse):
+    """The maps are those of the model alone, then and later."""
+    model = unet() if fuse else attn_gate.AttentionUNet(2, 1, 1, (4, 8, 8)).eval()
+    if fuse:
+        attn_gate.fuse_gates(model)
+    x = image()
+    with attn_gate.capture_attention(model) as maps:
+        model(x)
+        kept = dict(maps)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        for other in copies:
+            other(2 * x)
+    for other in copies:
+        other(3 * x)
+        pickle.dumps(other)
+    assert len(kept) == 2 and all(maps[name] is kept[name] for name in kept)
 
 
 def test_moving_averages():
