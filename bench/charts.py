@@ -18,21 +18,37 @@ from . import modelled, traffic
 from .providers import PROVIDERS
 from .registry import Config
 from .results import Results, Row
+from .tables import three_digits
 
 WIDTH = 4.3
 _ROW = 0.27  # inches of one config
-_OTHERS = ("compile", "attn_gate-compile", "onnxruntime", "openvino")  # beside attn_gate and eager
-_MARKERS = ("D", "P", "o", "s")
-_FLOAT32 = "float32"
+# Beside attn_gate and eager: the marks, and the places of their colours in a theme.
+_MARKERS = {
+    "eager-channels-last": "^",
+    "compile": "D",
+    "attn_gate-compile": "P",
+    "onnxruntime": "o",
+    "openvino": "s",
+}
+_COLOURS = ("compile", "attn_gate-compile", "onnxruntime", "openvino")
+_LEFT_ALPHA = 0.35  # bars of what attn_gate leaves to PyTorch's layers
+# Ticks of speeds, and the widest range, a logarithm, for which they have room.
+_TICKS = (
+    ((0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4), math.log(2)),
+    ((0.4, 0.5, 0.6, 0.7, 0.8, 1, 1.2, 1.5, 2, 2.5, 3), math.log(4)),
+    ((0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10), math.log(12)),
+    ((0.05, 0.1, 0.2, 0.4, 0.7, 1, 2, 3, 5, 10, 20, 30, 50), math.log(60)),
+    ((0.01, 0.03, 0.1, 0.3, 0.7, 1, 2, 5, 10, 20, 50, 100), math.inf),
+)
 
 
 def colour(provider: str, theme: Theme) -> str:
-    """The same in every figure; variants of a provider have its colour."""
-    if provider in _OTHERS:
-        return theme.others[_OTHERS.index(provider)]
-    if provider == "limit":
-        return theme.floor
-    return theme.eager if provider.startswith("eager") else theme.fused
+    """The same in every figure."""
+    if provider in _COLOURS:
+        return theme.others[_COLOURS.index(provider)]
+    return {"limit": theme.floor, "eager": theme.eager, "eager-channels-last": theme.ink}.get(
+        provider, theme.fused
+    )
 
 
 def speedups(results: Results, theme: Theme, mode: str, kinds: Sequence[str]) -> Figure | None:
@@ -50,23 +66,26 @@ def speedups(results: Results, theme: Theme, mode: str, kinds: Sequence[str]) ->
     for place, (name, row) in enumerate(rows.items()):
         eager = results.find(name, mode, "eager")
         ratio = eager.median_ms / row.median_ms
-        axes.barh(place, ratio - 1, left=1, height=0.62, color=theme.fused)
+        alpha = _LEFT_ALPHA if row.fused is False else 1
+        axes.barh(place, ratio - 1, left=1, height=0.62, color=theme.fused, alpha=alpha)
         # Both medians' intervals together: how well the ratio is known.
         noise = math.exp(math.hypot(_half_width(row), _half_width(eager)))
         axes.plot([ratio / noise, ratio * noise], [place, place], color=theme.ink, lw=0.9)
-        for provider, marker in zip(_OTHERS, _MARKERS, strict=True):
+        for provider, marker in _MARKERS.items():
             other = results.find(name, mode, provider)
             if other is not None:
                 at = eager.median_ms / other.median_ms
                 axes.plot(at, place, marker, ms=4.5, color=colour(provider, theme), mec=theme.page, mew=0.6)
     axes.axvline(1, color=theme.eager, lw=1.4)
     _log_ratio_axis(axes)
-    shown = [p for p in _OTHERS if any(results.find(name, mode, p) for name in rows)]
+    shown = [p for p in _MARKERS if any(results.find(name, mode, p) for name in rows)]
+    left = any(row.fused is False for row in rows.values())
     handles = [
         Line2D([], [], color=theme.eager, lw=1.4, label="eager"),
         Patch(color=theme.fused, label="attn_gate"),
-        *(Line2D([], [], ls="", marker=_MARKERS[_OTHERS.index(p)], ms=5, color=colour(p, theme),
-                 label=PROVIDERS[p].title) for p in shown),
+        *([Patch(color=theme.fused, alpha=_LEFT_ALPHA, label="left to PyTorch")] if left else []),
+        *(Line2D([], [], ls="", marker=_MARKERS[p], ms=5, color=colour(p, theme), label=PROVIDERS[p].title)
+          for p in shown),
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=3, columnspacing=1.2, handletextpad=0.5)
     return figure
@@ -86,7 +105,9 @@ def memory(results: Results, theme: Theme, what: str, title: str) -> Figure | No
         for shift, row, color in ((0.19, pair[1], theme.eager), (-0.19, pair[0], theme.fused)):
             value = getattr(row, what) / 2**20
             axes.barh(place + shift, value, height=0.36, color=color)
-            axes.text(value * 1.08, place + shift, _short(value), size=6.5, va="center", color=theme.faint)
+            axes.text(
+                value * 1.08, place + shift, three_digits(value), size=6.5, va="center", color=theme.faint
+            )
     values = [getattr(row, what) / 2**20 for pair in found.values() for row in pair]
     axes.set_xscale("log")
     axes.set_xlim(min(values) / 2, max(values) * 3)
@@ -103,8 +124,8 @@ def roofline(results: Results, theme: Theme) -> Figure | None:
     for row in results.rows:
         config = results.configs.get(row.config)
         is_shown = row.provider in ("attn_gate", "eager") and row.mode in ("inference", "step")
-        if not row.times_ms or row.dtype != _FLOAT32 or not isinstance(config, Config) or not is_shown:
-            continue
+        if not row.times_ms or row.dtype != "float32" or not isinstance(config, Config) or not is_shown:
+            continue  # the roof is float32's
         if config.kind != "gate" or row.threads != results.machine["threads"]:
             continue
         flops = traffic.needed_flops(config, row.mode)
@@ -172,7 +193,7 @@ def thread_scaling(results: Results, theme: Theme) -> Figure | None:
     """How many times faster than on one thread."""
     lines: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in results.rows:
-        if row.times_ms and row.dtype == _FLOAT32 and row.provider in ("attn_gate", "eager"):
+        if row.times_ms and row.dtype == results.dtype and row.provider in ("attn_gate", "eager"):
             lines.setdefault((row.config, row.mode, row.provider), {})[row.threads] = row.median_ms
     lines = {
         key: dict(sorted(times.items())) for key, times in lines.items() if 1 in times and len(times) > 1
@@ -187,7 +208,10 @@ def thread_scaling(results: Results, theme: Theme) -> Figure | None:
         place = names.index(f"{config}, {mode}") + (0.19 if provider == "eager" else -0.19)
         value = times[1] / times[max(times)]
         axes.barh(place, value, height=0.36, color=colour(provider, theme))
-        axes.text(value + 0.02 * most, place, f"{value:.2f}", size=7, va="center", color=theme.faint)
+        # Inside the bar: beside it the line would strike it through.
+        axes.text(
+            value - 0.02 * most, place, f"{value:.2f}", size=7, va="center", ha="right", color=theme.page
+        )
     axes.axvline(most, color=theme.floor, lw=1.2, ls="--")
     axes.set_xlim(0, most * 1.15)
     handles = [Patch(color=theme.eager, label="eager"), Patch(color=theme.fused, label="attn_gate")]
@@ -200,7 +224,7 @@ def modelled_speedups(results: Results, theme: Theme, mode: str) -> Figure | Non
     configs = [c for c in results.configs.values() if modelled.can_model(c) and c.kind == "gate"]
     if not configs:
         return None
-    title = f"MODELLED, not measured. {_mode_title(mode)}, bfloat16:\nspeed by rooflines, eager PyTorch = 1"
+    title = f"MODELLED, not measured: {_mode_title(mode).lower()},\nbfloat16, by rooflines; eager PyTorch = 1"
     figure, axes = _rows_panel([c.name for c in configs], title)
     colours = (theme.fused, theme.others[0], theme.others[1])
     for place, config in enumerate(configs):
@@ -286,14 +310,12 @@ def _title(figure: Figure, title: str) -> None:
 def _log_ratio_axis(axes: Axes) -> None:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    low, high = min(low, 0.75), max(high * 1.05, 1.5)
+    low, high = min(low, 0.88), max(high * 1.05, 1.15)
     axes.set_xlim(low, high)
-    ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50) if low <= t <= high]
-    if high / low > 12:
-        ticks = [t for t in ticks if t not in (0.7, 1.5, 7, 15)]
+    # As many as have room: the first of these whose labels don't touch.
+    for candidates, room in _TICKS:
+        ticks = [t for t in candidates if low <= t <= high]
+        if math.log(high / low) < room:
+            break
     axes.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

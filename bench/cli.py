@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -20,10 +21,16 @@ from .run import Run
 
 T = TypeVar("T")
 
+LOG_WIDTH = 200  # room for the widest table, all providers in it
+_THREADS_A_CORE = 16
+# Facts of the machine that rows of one file have in common.
+_TO_ADD = ("device", "processor", "gpu", "cores", "torch", "attn_gate")
+
 DESCRIPTION = """\
 Measure the time and the memory of attention gates and of whole networks: attn_gate against the same in eager
 PyTorch, torch.compile, ONNX Runtime and OpenVINO (where they are installed), and against the memory traffic
-that no gate can avoid.
+that no gate can avoid. The first run on a machine takes up to 7 minutes longer than later ones, which find
+torch.compile's compilations in its cache.
 
 All take turns in one process, on the same numbers, with as many threads as PyTorch uses (OMP_NUM_THREADS sets
 that). Who doesn't match the float64 reference gets no time. DIR gets results.json and results.csv (described
@@ -33,7 +40,7 @@ in docs/benchmark.md), report.html with plots, and table.md.
 EPILOG = """\
 examples:
   python -m attn_gate bench --quick                               a first look, within a minute
-  python -m attn_gate bench                                       everything: a quarter of an hour
+  python -m attn_gate bench                                       everything: 8 to 18 minutes on two cores
   python -m attn_gate bench --config lee,monai-96 --mode step     one family and one more gate, training only
   python -m attn_gate bench --config net                          whole networks
   python -m attn_gate bench --provider attn_gate,eager --dtype bfloat16
@@ -66,7 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", type=_bytes, metavar="SIZE", default=2**30,
         help="the memory that the largest batch has to fit in, such as 512M (default: 1G)",
     )  # fmt: skip
-    add("--out", type=Path, metavar="DIR", default=Path("report/bench"), help="(default: %(default)s)")
+    add(
+        "--out", type=Path, metavar="DIR", default=Path("report/bench"),
+        help="(default: %(default)s); its results.json of a run before becomes results.previous.json",
+    )  # fmt: skip
     add("--add", action="store_true", help="keep the rows that DIR has; those measured again are replaced")
     add(
         "--baseline", type=_results, metavar="FILE",
@@ -76,41 +86,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; the exit code."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    results = Results(
+        started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        machine={},
+        settings={"quick": args.quick, "memory": args.memory, "command": sys.argv[1:]},
+    )
     try:
         where = device.make(args.device)
+        jobs = _jobs(args)
+        if args.baseline is not None:
+            baseline.refuse_other_device(args.device, args.baseline)
+        results.machine = machine.facts(where)
+        outputs.make_folder(args.out)
+        _add_to_or_set_aside(results, args)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    groups = plan.quick() if args.quick else plan.full()
-    wanted = plan.Wanted(args.config, args.provider, args.mode, args.dtype, args.threads)
-    jobs = list(plan.jobs(groups, wanted, args.device))
-    results = Results(
-        started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        machine=machine.facts(where),
-        settings={"quick": args.quick, "memory": args.memory, "command": sys.argv[1:]},
-    )
-    if args.add and (args.out / "results.json").exists():
-        earlier = read(args.out)
-        results.configs, results.rows, results.fits = earlier.configs, earlier.rows, earlier.fits
+    results.machine.update(machine.rates(where))
     if results.machine["load"] > results.machine["cores"] / 2:
         load = f"load {results.machine['load']:.1f}"
         console.print(f"others are using this machine ({load}): times won't mean much", style="yellow")
-    with Run(results, where, args.memory, args.out, console) as running:
-        running.measure(jobs)
-    if args.baseline is not None:
-        results.compared = baseline.compare(results, args.baseline)
-    for part in tables.rich_tables(results):
-        console.print(part)
-    for part in baseline.tables(results.compared):
-        console.print(part)
-    paths = outputs.write_all(results, args.out)
-    console.print(f"{machine.sentence(results.machine)}. Written: {', '.join(map(str, paths))}",
-                  highlight=False, style="dim", soft_wrap=True)  # fmt: skip
+    try:
+        with Run(results, where, args.memory, args.out, console) as running:
+            running.measure(jobs)
+    finally:  # after an error too: what was measured until then
+        if args.baseline is not None:
+            results.compared = baseline.compare(results, args.baseline)
+        _write_and_show(results, args.out, console)
     if results.interrupted:
         console.print("interrupted: this is what was measured until then", style="yellow")
         return 130
     return int(bool(results.failures) or baseline.is_slower(results.compared))
+
+
+def _jobs(args: argparse.Namespace) -> list[plan.Job]:
+    """What the arguments ask for.
+
+    Raises:
+        ValueError: there is nothing of it to measure.
+    """
+    groups = plan.quick() if args.quick else plan.full()
+    wanted = plan.Wanted(args.config, args.provider, args.mode, args.dtype, args.threads)
+    jobs = list(plan.jobs(groups, wanted, args.device))
+    if not jobs:
+        raise ValueError(plan.why_nothing(wanted))
+    return jobs
+
+
+def _add_to_or_set_aside(results: Results, args: argparse.Namespace) -> None:
+    """With --add take over what the folder has; without, keep it under another name.
+
+    Raises:
+        ValueError: --add, and what the folder has can't be read, or is from elsewhere.
+    """
+    if not args.add:
+        outputs.set_aside(args.out)
+    elif (args.out / "results.json").exists():
+        try:
+            earlier = read(args.out)
+        except ValueError as error:
+            raise ValueError(f"--add: {error}; leave --add out, or take another --out") from None
+        if other := machine.differences(results.machine, earlier.machine, _TO_ADD):
+            said = "; ".join(f"{name} {before} there, {now} here" for name, (before, now) in other.items())
+            raise ValueError(
+                f"--add: {args.out} has results of another machine or version ({said}); leave --add out, or "
+                f"take another --out"
+            )
+        results.configs, results.rows, results.fits = earlier.configs, earlier.rows, earlier.fits
+
+
+def _write_and_show(results: Results, folder: Path, console: Console) -> None:
+    paths = outputs.write_all(results, folder)
+    for part in tables.rich_tables(results):
+        console.print(part)
+    for part in baseline.tables(results.compared):
+        console.print(part)
+    console.print(f"{machine.sentence(results.machine)}. Written: {', '.join(map(str, paths))}",
+                  highlight=False, style="dim", soft_wrap=True)  # fmt: skip
 
 
 def _names(what: str, available: Mapping[str, T]):
@@ -134,6 +187,9 @@ def _counts(text: str) -> list[int]:
     counts = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
     if min(counts) < 1:
         raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1, such as 1,2; got {text!r}")
+    most = _THREADS_A_CORE * (os.cpu_count() or 1)
+    if max(counts) > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, {_THREADS_A_CORE} a core; got {text!r}")
     return counts
 
 

@@ -17,12 +17,14 @@ from .memory import allocated_peak
 
 _COPY_BYTES = 2**28  # larger than any cache
 _COPIES = 15
+_PRODUCTS = 8
 
 
 class Device:
     """The CPU. Calls are timed by the clock, memory is counted from PyTorch's allocator."""
 
     name = "cpu"
+    products = ((512, 512, 512), (1024, 1024, 1024), (2048, 1024, 1024), (256, 2048, 4096))
 
     def time_ms(self, prepare: Callable[[], Any], call: Callable[[], Any]) -> float:
         """Milliseconds of `call`, after `prepare` outside the time; what call returns is dropped after it."""
@@ -44,11 +46,18 @@ class Device:
         best = min(self.time_ms(lambda: None, lambda: target.copy_(source)) for _ in range(_COPIES))
         return 2 * _COPY_BYTES / best / 1e6
 
-    def peak_gflops(self, dtype: str = "float32", size: int = 1024) -> float:
-        """Operations in a second, in units of 1e9, of PyTorch's product of two square matrices."""
-        a = torch.randn((size, size), device=self.name).to(getattr(torch, dtype))
-        best = min(self.time_ms(lambda: None, lambda: a @ a) for _ in range(_COPIES))
-        return 2 * size**3 / best / 1e6
+    def peak_gflops(self) -> float:
+        """Operations in a second, in units of 1e9, of PyTorch's product of float32 matrices, into old memory.
+
+        The best of a few sizes: which it is depends on caches and on the library.
+        """
+        return max(self._product_gflops(*shape) for shape in self.products)
+
+    def _product_gflops(self, rows: int, inner: int, columns: int) -> float:
+        a, b = (torch.randn(shape, device=self.name) for shape in ((rows, inner), (inner, columns)))
+        out = a @ b
+        best = min(self.time_ms(lambda: None, lambda: torch.mm(a, b, out=out)) for _ in range(_PRODUCTS))
+        return 2 * rows * inner * columns / best / 1e6
 
     def facts(self) -> dict[str, Any]:
         """What the times depend on."""
@@ -70,6 +79,7 @@ class CudaDevice(Device):
     """A GPU. Calls are timed by events, its L2 cache is overwritten before each; PyTorch counts memory."""
 
     name = "cuda"
+    products = ((4096, 4096, 4096), (8192, 8192, 8192))
 
     def __init__(self) -> None:
         l2 = torch.cuda.get_device_properties(0).L2_cache_size

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .gains import gain
+from .providers import PROVIDERS, PYTORCH
 from .registry import AnyConfig
 from .results import Results
-from .tables import NOISY, milliseconds, three_digits
+from .tables import LEFT, MARKS, NOISY, marks, milliseconds, three_digits
 
-_OTHERS = ("eager", "compile", "onnxruntime", "openvino")
-_NAMES = {"eager": "eager", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_OTHERS = ("eager", "eager-channels-last", "compile", "onnxruntime", "openvino")
 
 
 def table(results: Results, kinds: Sequence[str] = ("gate", "network")) -> str:
-    """A Markdown table of the float32 rows on the run's own number of threads; empty without any."""
+    """A Markdown table in the dtype and on the number of threads that go without saying; empty without rows.
+
+    Its last line is the geometric mean of the gates, over eager and over the fastest of PyTorch's own.
+    """
     configs = [c for c in results.configs.values() if c.kind in kinds and _lines(results, c.name)]
     if not configs:
         return ""
@@ -22,10 +26,9 @@ def table(results: Results, kinds: Sequence[str] = ("gate", "network")) -> str:
         for mode in ("inference", "step")
     }
     titles = {"inference": "inference", "step": "forward + backward"}
-    heads = ["gate or network", "x"]
-    heads += [
-        f"{titles[m]}: × {' / '.join(_NAMES[p] for p in names)}" for m, names in others.items() if names
-    ]
+    heads = [f"gate or network{_what_is_unusual(results)}", "x"]
+    for mode, names in others.items():
+        heads += [f"{titles[mode]}: × {' / '.join(PROVIDERS[p].title for p in names)}"] if names else []
     heads.append("MiB kept for backward (eager)")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for config in configs:
@@ -33,7 +36,40 @@ def table(results: Results, kinds: Sequence[str] = ("gate", "network")) -> str:
         cells += [_speeds(results, config.name, mode, names) for mode, names in others.items() if names]
         cells.append(_kept(results, config))
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    gates = [c for c in configs if c.kind == "gate"]
+    means = [_mean(results, gates, mode) for mode, names in others.items() if names]
+    if any(means):
+        lines.append("| " + " | ".join(["geometric mean of the gates", "", *means, ""]) + " |")
+    return "\n".join(lines) + "\n" + _legend(results, configs)
+
+
+def _what_is_unusual(results: Results) -> str:
+    parts = [results.dtype] if results.dtype != "float32" else []
+    if results.threads != results.machine["threads"]:
+        parts.append(f"{results.threads} thread{'s' if results.threads > 1 else ''}")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _mean(results: Results, gates: Sequence[AnyConfig], mode: str) -> str:
+    eager, fastest = gain(results, gates, mode, ("eager",)), gain(results, gates, mode, PYTORCH)
+    parts = [f"{_factor(eager.mean)} (eager)"] if eager else []
+    parts += [f"{_factor(fastest.mean)} (the fastest of PyTorch's own)"] if fastest else []
+    return ", ".join(parts)
+
+
+def _legend(results: Results, configs: Sequence[AnyConfig]) -> str:
+    """What the marks in the table mean; empty where there are none."""
+    used = ""
+    for config in configs:
+        for mode in ("inference", "step"):
+            ours = results.find(config.name, mode, "attn_gate")
+            others = (results.find(config.name, mode, name) for name in _OTHERS)
+            used += marks(ours) if ours else ""
+            used += NOISY if any(other and other.summary.noisy for other in others) else ""
+    said = [f"{mark}: {text}" for mark, text in MARKS.items() if mark in used]
+    if LEFT in used:
+        said[-1] += "; not in the means"
+    return f"\n{'; '.join(said)}.\n" if said else ""
 
 
 def _lines(results: Results, config: str) -> bool:
@@ -41,7 +77,7 @@ def _lines(results: Results, config: str) -> bool:
 
 
 def _speeds(results: Results, config: str, mode: str, others: Sequence[str]) -> str:
-    """How many times faster attn_gate is than each of these, and its time; NOISY marks what says little."""
+    """How many times faster attn_gate is than each of these, and its time; marks as in the other tables."""
     ours = results.find(config, mode, "attn_gate")
     if ours is None:
         return ""
@@ -52,8 +88,12 @@ def _speeds(results: Results, config: str, mode: str, others: Sequence[str]) -> 
             speeds.append("–")
             continue
         speed = other.median_ms / ours.median_ms
-        speeds.append((NOISY if other.summary.noisy else "") + f"{speed:.{1 if speed >= 2 else 2}f}")
+        speeds.append((NOISY if other.summary.noisy else "") + _factor(speed))
     return f"{' / '.join(speeds)} ({milliseconds(ours)} ms)"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.{1 if value >= 2 else 2}f}"
 
 
 def _kept(results: Results, config: AnyConfig) -> str:

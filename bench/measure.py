@@ -14,7 +14,7 @@ import torch
 
 from . import traffic
 from .device import Device
-from .memory import kept_bytes
+from .memory import kept_bytes, runs_operators
 from .providers import PROVIDERS, TRAINING, AnyCase, Program, Provider, Work
 from .registry import Config
 from .results import Row
@@ -55,12 +55,11 @@ def measure_case(
     on_rows: Callable[[list[Row]], None],
     on_progress: OnProgress = lambda what, part: None,
 ) -> None:
-    """Measure these providers of this case, mode after mode; `on_rows` gets the rows of each.
+    """Measure these providers of a settled case, mode after mode; `on_rows` gets the rows of each.
 
     A provider whose results don't match the float64 reference gets no time. Interrupted by Ctrl-C, it hands
     over what it has.
     """
-    case.settle()
     for training in (False, True):
         wanted = [mode for mode in modes if (mode in TRAINING) == training]
         if not wanted:
@@ -72,7 +71,7 @@ def measure_case(
         try:
             for number, name in enumerate(providers):
                 provider = PROVIDERS[name]
-                its = {m: new_row(case, m, name) for m in wanted if m in provider.modes}
+                its = {m: new_row(case, m, name) for m in wanted if provider.has(case.config, m)}
                 if not its:
                     continue
                 on_progress(f"check {provider.title}", start + share / 3 * number / len(providers))
@@ -85,7 +84,7 @@ def measure_case(
                 times = {n: rows[mode, n].times_ms for n in works}
 
                 def fail(name: str, error: Exception, mode: str = mode, rows: dict = rows) -> None:
-                    give_up([rows[mode, name]], "failed", _first_line(error))
+                    give_up([rows[mode, name]], "failed", first_line(error))
 
                 for part in interleave(works, device, patience, times, fail):
                     on_progress(mode, start + share / 3 * (1 + 2 * (number + part) / len(wanted)))
@@ -120,8 +119,9 @@ def prepare(
                 give_up(rows, "wrong", f"{verdict.name} is off by {verdict.error:.1e}, {allowed}")
                 return None
         _count_memory(program, device, rows)
+        _look_for_operators(program, rows)
     except Exception as error:  # another library's failure costs its own rows, not the run
-        give_up(rows, "failed", _first_line(error))
+        give_up(rows, "failed", first_line(error))
         return None
     return program
 
@@ -133,7 +133,8 @@ def give_up(rows: list[Row], status: str, note: str) -> None:
         row.times_ms.clear()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a row's note has room for."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
@@ -145,6 +146,14 @@ def _count_memory(program: Program, device: Device, rows: list[Row]) -> None:
             work = program.works[row.mode]
             work.prepare()
             row.peak_bytes = device.peak_bytes(work.call)
+
+
+def _look_for_operators(program: Program, rows: list[Row]) -> None:
+    for row in rows:
+        if row.is_ours:
+            work = program.works[row.mode]
+            work.prepare()
+            row.fused = runs_operators(work.call)
 
 
 def interleave(
@@ -171,6 +180,7 @@ def interleave(
         calls = CALLS if before < SHORT_MS else 1
         found = [device.time_ms(work.prepare, work.call) for _ in range(calls)]
         expected[name] = min(found)
+        work.leave()
         if own_threads:
             time.sleep(PAUSE_S)
         return [round(t, 5) for t in found]
@@ -182,6 +192,7 @@ def interleave(
             if call >= WARM_UP_LEAST and time.perf_counter() > end:
                 break
             expected[name] = device.time_ms(work.prepare, work.call)
+        work.leave()
         if own_threads:
             time.sleep(PAUSE_S)
         return []

@@ -55,6 +55,15 @@ def allocated_peak(call: Callable[[], Any]) -> int:
     return peak
 
 
+def runs_operators(call: Callable[[], Any]) -> bool:
+    """Whether an operator of attn_gate runs in `call`: none does in gates that it leaves to PyTorch."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        call()
+    names = (event.name() for event in profile.profiler.kineto_results.events())
+    return any(name.startswith("attn_gate") and "::" in name for name in names)
+
+
 def resident_growth(call: Callable[[], Any]) -> int:
     """How much more memory the process held at its peak during `call` than before it. Linux.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +14,44 @@ from . import charts, markdown, report
 from .results import Results
 
 
+def make_folder(folder: Path) -> None:
+    """Make it, and see whether files can be written there.
+
+    Raises:
+        ValueError: they can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out: {folder} must be a folder to write to: {error.strerror}; take another one"
+        ) from None
+
+
+def set_aside(folder: Path) -> None:
+    """Keep the results of the run before, which this one would replace, as results.previous.json."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder / "results.json").replace(folder / "results.previous.json")
+
+
 def write_all(results: Results, folder: Path) -> list[Path]:
-    """Write all; the paths of those that a user opens."""
+    """Write all, and remove what an earlier run had beyond that; the paths of those that a user opens."""
     results.write(folder)
-    write(folder / "table.md", markdown.table(results))
+    table = markdown.table(results)
+    if table:
+        write(folder / "table.md", table)
+    else:
+        (folder / "table.md").unlink(missing_ok=True)
     figures: dict[str, Drawn] = {}
     for name, (make, _) in charts.FIGURES.items():
         if make(results, LIGHT) is not None:
             figures[name] = draw(partial(make, results))
             write_both(figures[name], folder / "plots", name)
+        else:
+            for look in ("", "-dark"):
+                (folder / "plots" / f"{name}{look}.png").unlink(missing_ok=True)
     write(folder / "report.html", report.html(results, figures))
-    return [folder / name for name in ("report.html", "table.md", "results.json")]
+    names = ("report.html", *(["table.md"] if table else []), "results.json")
+    return [folder / name for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from attn_gate import backends
+from attn_gate import backends, keep_memory
 from attn_gate.judge import Judgement
 
 from . import engines
 from .case import gradients
-from .registry import MODES, AnyConfig
+from .registry import KINDS, MODES, AnyConfig
 
 TRAINING = ("forward", "backward", "step")
 
@@ -41,10 +42,11 @@ class AnyCase(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """One thing to time: `prepare` comes before each call, outside the time."""
+    """One thing to time: `prepare` comes before each call, `leave` after each turn, outside the time."""
 
     call: Callable[[], Any]
     prepare: Callable[[], Any] = lambda: None
+    leave: Callable[[], Any] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Provider:
     Attributes:
         name: for the command line; title: for tables and plots.
         make: (case, training) -> program.
-        modes, devices, dtypes: those that it has.
+        modes, devices, dtypes, kinds: those that it has; kinds are those of configs.
         packages: what has to be installed.
         backend: of attn_gate, if it is about one.
     """
@@ -86,8 +88,13 @@ class Provider:
     modes: tuple[str, ...] = tuple(MODES)
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    kinds: tuple[str, ...] = KINDS
     packages: tuple[str, ...] = ()
     backend: str = ""
+
+    def has(self, config: AnyConfig, mode: str) -> bool:
+        """Whether there is anything to measure."""
+        return mode in self.modes and config.kind in self.kinds
 
     def why_not(self, device: str, dtype: str) -> str:
         """What is missing here; empty if nothing."""
@@ -173,18 +180,56 @@ def _attn_gate(
     return module_program(case, training, module, channels_last=channels_last)
 
 
+def _unkept(case: AnyCase, training: bool) -> Program:
+    """attn_gate without the memory that it keeps: its results come from PyTorch's allocator, like eager's."""
+    program = _attn_gate(case, training)
+    works = {mode: _without_kept_memory(work) for mode, work in program.works.items()}
+    return dataclasses.replace(program, works=works, counts_peak=False)
+
+
+def _without_kept_memory(work: Work) -> Work:
+    before: list[int] = []
+
+    def prepare() -> None:
+        before.append(keep_memory(0))
+        work.prepare()
+
+    def call() -> Any:
+        try:
+            return work.call()
+        finally:
+            keep_memory(before.pop())
+
+    def leave() -> None:
+        """Fill what is kept again, which others of attn_gate's would find empty."""
+        work.prepare()
+        work.call()
+        work.prepare()
+
+    return Work(call, prepare, leave)
+
+
 def _limit(case: AnyCase, training: bool) -> Program:
-    """The memory traffic that no gate can avoid."""
+    """The memory traffic that no gate can avoid, between buffers made once: fresh pages would cost more."""
     x, g = case.inputs
     dy = case.slope
-    if not training:
-        return Program({"inference": Work(lambda: (_read(g), x.clone()))}, counts_peak=False)
-    works = {
-        "forward": Work(lambda: (_read(g), x.clone())),
-        "backward": Work(lambda: (_read(x), g.clone(), dy.clone())),
-        "step": Work(lambda: (_read(g), x.clone(), _read(x), g.clone(), dy.clone())),
-    }
-    return Program(works, counts_peak=False)
+    y, dx, dg = (torch.empty_like(t) for t in (x, x, g))
+
+    def forward() -> None:
+        _read(g)
+        y.copy_(x)
+
+    def backward() -> None:
+        _read(x)
+        dg.copy_(g)
+        dx.copy_(dy)
+
+    def step() -> None:
+        forward()
+        backward()
+
+    calls = {"forward": forward, "backward": backward, "step": step} if training else {"inference": forward}
+    return Program({mode: Work(call) for mode, call in calls.items()}, counts_peak=False)
 
 
 def _read(t: Tensor) -> Tensor:
@@ -201,6 +246,9 @@ def _engine(make: Callable[[AnyCase], engines.Engine], case: AnyCase, training: 
     )
 
 
+# PyTorch itself, without anything else installed.
+PYTORCH = ("eager", "eager-channels-last", "compile", "compile-max-autotune")
+
 _CPU = {"devices": ("cpu",), "dtypes": ("float32",), "modes": ("inference",)}
 
 PROVIDERS: dict[str, Provider] = {
@@ -214,6 +262,7 @@ PROVIDERS: dict[str, Provider] = {
         ),
         Provider("attn_gate-channels-last", "attn_gate ch. last", partial(_attn_gate, channels_last=True)),
         Provider("attn_gate-compile", "attn_gate compiled", partial(_attn_gate, compiled=True)),
+        Provider("attn_gate-unkept", "attn_gate, none kept", _unkept, devices=("cpu",)),
         Provider("attn_gate-recompute", "attn_gate recompute", partial(_attn_gate, recompute=True),
                  modes=TRAINING),
         Provider("attn_gate-store", "attn_gate store", partial(_attn_gate, recompute=False), modes=TRAINING),
@@ -226,6 +275,6 @@ PROVIDERS: dict[str, Provider] = {
                  packages=("onnx", "onnxruntime"), **_CPU),
         Provider("openvino", "OpenVINO", partial(_engine, engines.openvino),
                  packages=("onnx", "openvino"), **_CPU),
-        Provider("limit", "memory limit", _limit),
+        Provider("limit", "memory limit", _limit, kinds=("gate", "sweep")),
     )
 }  # fmt: skip

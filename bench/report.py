@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from attn_gate.page import document as page
 from attn_gate.page.theme import Drawn
 
-from . import baseline, machine, modelled, tables
+from . import baseline, gains, machine, modelled, tables
 from .charts import FIGURES
-from .providers import PROVIDERS
+from .providers import PROVIDERS, PYTORCH
+from .registry import Config, grid_text
 from .results import Results
 
 Figures = Mapping[str, Drawn]
@@ -32,7 +32,7 @@ def html(results: Results, figures: Figures) -> str:
         page.notes(_notes(results)),
         page.numbers(_headlines(results)),
         _compared(results.compared),
-        _speed(grids, figures),
+        _speed(results, grids, figures),
         _networks(results, figures),
         _memory(results, grids, figures),
         _scaling(figures),
@@ -41,7 +41,10 @@ def html(results: Results, figures: Figures) -> str:
         _method(results),
     )
     footer = """<p>All numbers, all samples: <code>results.json</code>, <code>results.csv</code>. A colour is
-the same program in every figure; thin lines across the ends of bars: 95 % intervals of the medians.</p>"""
+the same program in every figure; thin lines across the ends of bars: 95 % intervals of the medians, of fewer
+than six samples their range. The fastest of PyTorch's own: eager, eager in channels last, torch.compile, of
+those that were measured and match. Means are of what attn_gate fuses: what it leaves to PyTorch's layers is
+not in them.</p>"""
     return page.document("attn_gate bench", sections, footer)
 
 
@@ -59,16 +62,11 @@ def _notes(results: Results) -> Iterator[str]:
 def _headlines(results: Results) -> Iterator[tuple[str, str, str]]:
     for kind, name in (("gate", "Gates"), ("network", "Whole networks")):
         for mode, title in (("inference", "inference"), ("step", "training step")):
-            found = [
-                speed
-                for config in results.configs.values()
-                if config.kind == kind
-                and (speed := results.speedup(config.name, mode, "attn_gate", over="eager")) is not None
-            ]
-            if found:
-                middle = math.exp(sum(map(math.log, found)) / len(found))
-                spread = f"{min(found):.2f} to {max(found):.2f}, {len(found)} of them"
-                yield f"{name}, {title}", f"{middle:.2f}×", f"eager's speed, geometric mean; {spread}"
+            configs = [config for config in results.configs.values() if config.kind == kind]
+            for over, whose in ((("eager",), "eager's speed"), (PYTORCH, "the fastest of PyTorch's own")):
+                if found := gains.gain(results, configs, mode, over):
+                    spread = f"{found.least:.2f} to {found.most:.2f}, {found.count} of them"
+                    yield f"{name}, {title}", f"{found.mean:.2f}×", f"{whose}, geometric mean; {spread}"
     kept = [
         (results.find(name, "step", "eager"), results.find(name, "step", "attn_gate"))
         for name, config in results.configs.items()
@@ -80,7 +78,7 @@ def _headlines(results: Results) -> Iterator[tuple[str, str, str]]:
         yield "Gates, kept for backward", f"{less:.2g}× less", "than eager, all gates together"
 
 
-def _speed(grids: list[tables.Grid], figures: Figures) -> str:
+def _speed(results: Results, grids: list[tables.Grid], figures: Figures) -> str:
     captions = {
         "speed_inference": "<b>Bars: attn_gate.</b> Marks: the others, in their place on the same scale.",
         "speed_step": "<b>Forward and backward</b>, batch norms in training mode where the gate has them.",
@@ -88,9 +86,39 @@ def _speed(grids: list[tables.Grid], figures: Figures) -> str:
     return page.section(
         "How fast?",
         """Each line is one gate: one level of one network, finest first. To the right of 1 is faster than
-        eager PyTorch. Fine levels are bound by memory, and there fusion pays; deep ones by arithmetic.""",
-        _panels(captions, figures) + "".join(_table(grid) for grid in grids if "MiB" not in grid.title),
+        eager PyTorch. Fine levels are bound by memory, and there fusion pays; deep ones by arithmetic."""
+        + _kept_memory(results),
+        _panels(captions, figures)
+        + _sizes(results)
+        + "".join(_table(grid) for grid in grids if "MiB" not in grid.title),
     )
+
+
+def _kept_memory(results: Results) -> str:
+    """How much of the speed is kept memory's; empty where that wasn't measured."""
+    shares = []
+    configs = [config for config in results.configs.values() if config.kind == "gate"]
+    for mode, title in (("inference", "inference"), ("step", "a training step")):
+        if found := gains.gain(results, configs, mode, ("attn_gate-unkept",)):
+            plural = "s" if found.count > 1 else ""
+            shares.append(f"{found.mean:.2f} times in {title} of {found.count} gate{plural}")
+    if not shares:
+        return ""
+    return f""" Part of the speed is kept memory (<code>attn_gate.keep_memory</code>): {" and ".join(shares)},
+    over results from PyTorch's allocator, in the geometric mean."""
+
+
+def _sizes(results: Results) -> str:
+    """What the names of configs stand for."""
+    rows = []
+    for name, config in results.configs.items():
+        cells = [config.title, config.shape_text, "", ""]
+        if isinstance(config, Config):
+            g = f"{config.batch} × {config.gating} × {grid_text(config.gating_size)}"
+            cells[2:] = [g, str(config.inter)]
+        rows.append(("name", name, cells))
+    head = ["", "what it is", "x, or the image", "g", "channels between"]
+    return page.details("Sizes of the gates and networks", page.table(head, rows)) if rows else ""
 
 
 def _networks(results: Results, figures: Figures) -> str:
@@ -104,10 +132,10 @@ def _networks(results: Results, figures: Figures) -> str:
             found = [results.find(name, mode, provider) for provider in ("eager", "attn_gate")]
             if config.kind != "network" or not all(row and row.times_ms for row in found):
                 continue
-            cells = [f"{row.median_ms:.0f} ms" for row in found]
+            cells = [tables.counted_milliseconds(row, " ms") for row in found]
             cells += ["" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB" for row in found]
-            rows.append(("name", f"{name}, {title}", cells))
-    head = ["", "before", "after fuse_gates", "peak before", "peak after"]
+            rows.append(("name", f"{name}, {title}", [config.shape_text, *cells]))
+    head = ["", "image", "before", "after fuse_gates", "peak before", "peak after"]
     return page.section(
         "Whole networks",
         """Gates are a part of a network, so a network gains less than a gate. Before and after
@@ -146,13 +174,14 @@ def _memory(results: Results, grids: list[tables.Grid], figures: Figures) -> str
 def _scaling(figures: Figures) -> str:
     captions = {
         "scaling_size_inference": "Shaded: quartiles.",
-        "scaling_size_step": "The dotted line grows with the number of voxels; no cliff: along it.",
+        "scaling_size_step": """The dotted line grows with the number of voxels: what runs along it takes as
+        long for a voxel of a large map as for one of a small map, what leaves it upwards takes longer.""",
         "scaling_channels_inference": "The dotted line grows with the square of the channels, as work does.",
         "scaling_channels_step": "The memory limit grows with the channels only.",
         "scaling_threads": "The dashed line is the number of threads. What is bound by memory gains less.",
         "roofline": """Up is faster. Left of the bend memory is the limit, right of it arithmetic. Both roofs
-        were measured in this run. Small maps stay in caches and may exceed the left one; products on matrix
-        units (AMX) may exceed the right one, which is PyTorch's product of float32 matrices.""",
+        were measured in this run, as PyTorch's copy of a large buffer and PyTorch's best product of float32
+        matrices; points may exceed them: small maps stay in caches, and others may multiply faster.""",
     }
     return page.section("How does it scale?", "", _panels(captions, figures))
 
@@ -169,8 +198,10 @@ def _compared(compared: dict[str, Any] | None) -> str:
         change = f"{row['change']:+.1%} ±{row['noise']:.1%}"
         cells = [change, f"{row['before_ms']:.2f} → {row['now_ms']:.2f}"]
         rows.append(("", baseline.title(row, compared["threads"]), cells))
-    text = f"""What isn't attn_gate's takes {compared["drift"]:+.0%} time ({compared["others"]} rows, median):
-    that is the machine, and is taken off the changes below."""
+    caution = baseline.cautions(compared)
+    text = f"<b>{escape(caution[0].upper() + caution[1:])}.</b> " if caution else ""
+    text += f"""What isn't attn_gate's takes {compared["drift"]:+.0%} time ({compared["others"]} rows,
+    median): that is the machine, and is taken off the changes below."""
     since = escape(compared["baseline"][:16].replace("T", " "))
     table = page.table(["", "change of time", "ms"], rows) if rows else ""
     return page.section(f"Since {since}", text, table)

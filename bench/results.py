@@ -13,7 +13,7 @@ from typing import Any
 
 from attn_gate.page.files import write
 
-from .registry import AnyConfig, Config, NetworkConfig
+from .registry import CONFIGS, AnyConfig, Config, NetworkConfig
 from .summary import Summary, summarise
 
 SCHEMA = 2
@@ -39,6 +39,7 @@ class Row:
     tolerance: float | None = None
     kept_bytes: int | None = None
     peak_bytes: int | None = None
+    fused: bool | None = None
     resident_bytes: int | None = None
     needed_bytes: int | None = None
     measured: str = ""
@@ -48,6 +49,11 @@ class Row:
     def key(self) -> Key:
         """What it is the row of."""
         return self.config, self.dtype, self.threads, self.mode, self.provider
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is attn_gate's."""
+        return self.provider.partition("-")[0] == "attn_gate"
 
     @property
     def summary(self) -> Summary | None:
@@ -106,16 +112,34 @@ class Results:
     compared: dict[str, Any] | None = None
     interrupted: bool = False
 
+    def describe(self, config: AnyConfig) -> None:
+        """Add a config that rows are about; all are in the order of the registry."""
+        self.configs[config.name] = config
+        order = {name: number for number, name in enumerate(CONFIGS)}
+        self.configs = dict(sorted(self.configs.items(), key=lambda item: order.get(item[0], len(order))))
+
     def add(self, rows: Iterable[Row]) -> None:
         """Append rows; one that there is already is replaced."""
         new = {row.key: row for row in rows}
         self.rows = [row for row in self.rows if row.key not in new] + list(new.values())
 
+    @property
+    def dtype(self) -> str:
+        """The one that goes without saying: float32, or the first of a run without that."""
+        measured = dict.fromkeys(row.dtype for row in self.rows if row.times_ms)
+        return "float32" if "float32" in measured else next(iter(measured), "float32")
+
+    @property
+    def threads(self) -> int:
+        """The number that goes without saying: PyTorch's own, or the largest of a run without that."""
+        measured, own = {row.threads for row in self.rows if row.times_ms}, self.machine["threads"]
+        return own if own in measured else max(measured, default=own)
+
     def find(
-        self, config: str, mode: str, provider: str, *, dtype: str = "float32", threads: int | None = None
+        self, config: str, mode: str, provider: str, *, dtype: str | None = None, threads: int | None = None
     ) -> Row | None:
-        """The row with a time, or None; threads: those of the run by default."""
-        key = (config, dtype, threads or self.machine["threads"], mode, provider)
+        """The row with a time, or None; dtype and threads: by default those that go without saying."""
+        key = (config, dtype or self.dtype, threads or self.threads, mode, provider)
         for row in self.rows:
             if row.key == key and row.times_ms:
                 return row
@@ -182,24 +206,32 @@ def read(path: Path) -> Results:
     try:
         content = json.loads(path.read_text())
         schema = content["schema"]
+        if schema == SCHEMA:
+            return _from_json(content)
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} isn't a results.json of this benchmark") from None
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}; this version reads schema {SCHEMA}")
+    raise ValueError(f"{path} has schema {schema}; this version reads schema {SCHEMA}")
+
+
+def _from_json(content: dict[str, Any]) -> Results:
+    """Raises ValueError, KeyError, TypeError or AttributeError where the content isn't of this schema."""
     configs = {}
     for name, fields in content["configs"].items():
         fields.pop("gating_size", None)
         kind = NetworkConfig if fields["kind"] == "network" else Config
         configs[name] = kind(name=name, **{**fields, "size": tuple(fields["size"])})
+    rows = [Row.from_json(row) for row in content["rows"]]
+    for row in rows:
+        _ = row.summary  # fails where times aren't numbers
     return Results(
         started=content["started"],
-        machine=content["machine"],
+        machine={**content["machine"], "threads": int(content["machine"]["threads"])},
         settings=content["settings"],
         configs=configs,
-        rows=[Row.from_json(row) for row in content["rows"]],
+        rows=rows,
         fits=content["fits"],
-        compared=content["compared"],
+        compared=content["compared"] and {"machine": {}, "changed_configs": [], **content["compared"]},
         interrupted=content["interrupted"],
     )

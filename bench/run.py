@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from . import tables
 from .device import Device
 from .fits import largest_batch
-from .measure import measure_case, threads
+from .measure import first_line, measure_case, threads
 from .network_case import make_case
 from .plan import Job
 from .providers import PROVIDERS
@@ -26,7 +26,8 @@ from .results import Results, Row
 class Run:
     """Measures into `results`, which are written to `folder` after each mode of each config.
 
-    A context: Ctrl-C inside ends the measurement, marks the results as interrupted, and is not raised.
+    A context: Ctrl-C inside ends the measurement and is not raised. It, and any error, marks the results as
+    interrupted.
     """
 
     def __init__(self, results: Results, device: Device, memory: int, folder: Path, console: Console) -> None:
@@ -45,8 +46,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         self._live.stop()
-        if kind is KeyboardInterrupt:
-            self.results.interrupted = True
+        self.results.interrupted = kind is not None
         self.results.write(self.folder)
         return kind is KeyboardInterrupt
 
@@ -59,7 +59,7 @@ class Run:
                 self._progress.update(task, completed=number + part, description=f"{job.config.name}: {what}")
                 self._live.refresh()
 
-            self.results.configs.setdefault(job.config.name, job.config)
+            self.results.describe(job.config)
             advance("inputs", 0.0)
             with threads(job.threads):
                 if job.patience is not None:
@@ -73,10 +73,12 @@ class Run:
     def _measure_times(self, job: Job, advance) -> None:
         try:
             case = make_case(job.config, job.dtype, self.device.name)
+            case.settle()
         except ModuleNotFoundError as error:
-            note = f"pip install {error.name}"
-            names = [(mode, name) for mode in job.modes for name in job.providers]
-            self._keep([Row(job.config.name, job.dtype, job.threads, *n, "unavailable", note) for n in names])
+            self._keep(_without_times(job, "unavailable", f"pip install {error.name}"))
+            return
+        except Exception as error:  # such as too little memory: the next config may be smaller
+            self._keep(_without_times(job, "failed", first_line(error)))
             return
         measure_case(case, job.modes, job.providers, self.device, job.patience, self._keep, advance)
 
@@ -93,7 +95,7 @@ class Run:
 
     def _measure_memory(self, job: Job, advance) -> None:
         usable = [n for n in job.providers if not PROVIDERS[n].why_not(self.device.name, job.dtype)]
-        pairs = [(m, n) for m in job.modes for n in usable if m in PROVIDERS[n].modes]
+        pairs = [(m, n) for m in job.modes for n in usable if PROVIDERS[n].has(job.config, m)]
         for number, (mode, name) in enumerate(pairs):
             advance(f"resident memory, {mode}, {PROVIDERS[name].title}", 0.6 * number / len(pairs))
             row = self.results.find(job.config.name, mode, name, dtype=job.dtype, threads=job.threads)
@@ -114,3 +116,10 @@ class Run:
                 others = [f for f in self.results.fits if any(f[key] != fit[key] for key in same)]
                 self.results.fits = [*others, fit]
         self.results.write(self.folder)
+
+
+def _without_times(job: Job, status: str, note: str) -> list[Row]:
+    """A row for everything that the job would have measured."""
+    config = job.config
+    names = [(m, n) for m in job.modes for n in job.providers if PROVIDERS[n].has(config, m)]
+    return [Row(config.name, job.dtype, job.threads, *name, status, note) for name in names]

@@ -13,7 +13,12 @@ from .providers import PROVIDERS
 from .results import Results, Row
 
 OURS = "attn_gate"
-NOISY = "~"  # before a time whose quartiles are far apart
+NOISY = "~"  # before a time whose samples are far apart
+LEFT = "="  # before a time of attn_gate in which none of its operators ran
+MARKS = {
+    NOISY: "quartiles, of fewer than 6 samples the extremes, more than a quarter of it apart",
+    LEFT: "PyTorch's layers, which attn_gate leaves alone there",
+}
 
 Cell = Callable[[Row], str]
 
@@ -35,9 +40,11 @@ class Grid:
 
 def grids(results: Results) -> Iterator[Grid]:
     """All tables of measured numbers that are not empty."""
-    threads = results.machine["threads"]
-    noisy = any(row.times_ms and row.summary.noisy for row in results.rows)
-    note = f" ({NOISY}: quartiles more than a quarter of it apart)" if noisy else ""
+    threads = f"{results.threads} thread{'s' if results.threads > 1 else ''}"
+    rows = [row for row in results.rows if row.times_ms]
+    notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in marks(row) for row in rows)]
+    notes += ["n: of so few samples"] if any(row.summary.few for row in rows) else []
+    note = f" ({'; '.join(notes)})" if notes else ""
 
     def speedup(row: Row) -> str:
         which = {"dtype": row.dtype, "threads": row.threads}
@@ -45,14 +52,17 @@ def grids(results: Results) -> Iterator[Grid]:
         if found is None or row.provider == OURS:
             return ""
         # Nothing beats the limit: the other way round it reads better.
-        return f"{1 / found:.2f} of it" if row.provider == "limit" else f"{found:.2f}x"
+        return f"{1 / found:.2f}x its" if row.provider == "limit" else f"{found:.2f}x"
 
     def bandwidth(row: Row) -> str:
+        return "" if row.gbps is None else f"{row.gbps:.1f}"
+
+    def share_of_copy(row: Row) -> str:
         copy = results.machine.get("copy_gbps")
-        return "" if row.gbps is None or not copy else f"{row.gbps:.1f} ({100 * row.gbps / copy:.0f} %)"
+        return "" if row.gbps is None or not copy else f"{100 * row.gbps / copy:.0f} %"
 
     def over_float32(row: Row) -> str:
-        full = results.find(row.config, row.mode, row.provider, threads=row.threads)
+        full = results.find(row.config, row.mode, row.provider, dtype="float32", threads=row.threads)
         if row.dtype == "float32" or full is None or not row.times_ms:
             return ""
         return f"{full.median_ms / row.median_ms:.2f}x"
@@ -62,9 +72,10 @@ def grids(results: Results) -> Iterator[Grid]:
         return f"{one.median_ms / row.median_ms:.2f}x" if one and row.times_ms and row.threads > 1 else ""
 
     whole = (
-        (f"Milliseconds, median, {threads} threads{note}", milliseconds),
-        (f"How many times faster {OURS} is, and its time relative to the memory limit", speedup),
-        ("GB/s: bytes that must move over the time (and of this machine's copy bandwidth)", bandwidth),
+        (f"Milliseconds, median, {results.dtype}, {threads}{note}", counted_milliseconds),
+        (f"How many times faster {OURS} is, and its time in that of the memory limit", speedup),
+        ("GB/s: bytes that must move over the time", bandwidth),
+        ("GB/s relative to this machine's copy bandwidth", share_of_copy),
         ("How many times faster than in float32", over_float32),
         ("How many times faster than on one thread", over_one_thread),
         ("MiB kept by autograd between forward and backward, beyond x, g and parameters",
@@ -98,9 +109,9 @@ def _grid(results: Results, title: str, cell: Cell) -> Grid:
 def heading(results: Results, row: Row) -> str:
     """Such as "step", "step, bfloat16" or "step, 1 thread"."""
     parts = [row.mode]
-    if row.dtype != "float32":
+    if row.dtype != results.dtype:
         parts.append(row.dtype)
-    if row.threads != results.machine["threads"]:
+    if row.threads != results.threads:
         parts.append(f"{row.threads} thread{'s' if row.threads > 1 else ''}")
     return ", ".join(parts)
 
@@ -173,11 +184,20 @@ def line(results: Results, rows: list[Row]) -> str:
     return f"{first.config} {heading(results, first)}: {times}"
 
 
+def marks(row: Row) -> str:
+    """Of MARKS, those that belong before the row's time."""
+    return (NOISY if row.summary.noisy else "") + (LEFT if row.fused is False else "")
+
+
 def milliseconds(row: Row) -> str:
-    """The median, marked where it is noisy."""
-    if not row.times_ms:
-        return ""
-    return (NOISY if row.summary.noisy else "") + three_digits(row.median_ms)
+    """The median, marked where it is noisy and where nothing is fused."""
+    return marks(row) + three_digits(row.median_ms) if row.times_ms else ""
+
+
+def counted_milliseconds(row: Row, unit: str = "") -> str:
+    """The median, with how many samples it is of where these are few."""
+    few = row.times_ms and row.summary.few
+    return milliseconds(row) + unit + (f" n={row.summary.count}" if few else "")
 
 
 def mebibytes(count: int | None) -> str:

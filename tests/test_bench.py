@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from attn_gate.bench import (
     charts,
     cli,
     fits,
+    gains,
     gates,
     measure,
     modelled,
@@ -32,19 +34,22 @@ from attn_gate.bench import (
     networks,
     outputs,
     plan,
+    report,
     resident,
     tables,
     traffic,
 )
 from attn_gate.bench.case import Case
 from attn_gate.bench.device import CudaDevice, Device
-from attn_gate.bench.memory import allocated_peak, kept_bytes
-from attn_gate.bench.providers import PROVIDERS, Program, Provider, Work, module_program
+from attn_gate.bench.memory import allocated_peak, kept_bytes, runs_operators
+from attn_gate.bench.providers import PROVIDERS, PYTORCH, Program, Provider, Work, module_program
 from attn_gate.bench.registry import CONFIGS, MODES, Config, NetworkConfig, select
 from attn_gate.bench.results import Results, Row, read
-from attn_gate.bench.summary import summarise
+from attn_gate.bench.run import Run
+from attn_gate.bench.summary import ENOUGH, summarise
+from rich.console import Console
 
-from attn_gate import backends, fuse_gates, pointwise
+from attn_gate import backends, functional, fuse_gates, keep_memory, pointwise
 from attn_gate import cli as commands
 from attn_gate.page import theme
 
@@ -55,6 +60,7 @@ TINY = {
     "oktay-4": Config("oktay-4", "tiny", "paper_output", 4, 6, 4, (4, 4, 4), batch=1),
     "keras-8": Config("keras-8", "tiny", "keras", 6, 6, 6, (8, 8)),
 }
+PEAK = Device.peak_gflops  # not the one of the tests
 FAST = ("attn_gate", "attn_gate-channels-last", "eager", "eager-channels-last", "limit")
 
 
@@ -245,6 +251,63 @@ class TestRun:
         assert set(after) == {"same-8", "paper-8", "lee-8"}
         assert after["same-8"] == before["same-8"] and after["paper-8"] != before["paper-8"]
 
+    def test_the_results_before_are_kept_and_their_plots_are_not(self, tmp_path):
+        args = ("--config", "same-8", "--provider", "attn_gate,eager")
+        assert bench(tmp_path, *args) == 0
+        before = load(tmp_path)
+        (tmp_path / "plots" / "mine.png").write_bytes(b"")
+        assert (tmp_path / "plots" / "speed_step-dark.png").exists()
+        assert bench(tmp_path, *args, "--mode", "inference") == 0
+        assert json.loads((tmp_path / "results.previous.json").read_text()) == before
+        plots = {path.name for path in (tmp_path / "plots").iterdir()}
+        assert {"mine.png", "speed_inference.png"} <= plots and "speed_step-dark.png" not in plots
+
+    def test_inputs_that_cannot_be_made_cost_their_own_config_only(self, monkeypatch, tmp_path, capsys):
+        def settle(self) -> None:
+            if self.config.name == "paper-8":
+                raise MemoryError("too large\nby far")
+
+        monkeypatch.setattr(Case, "settle", settle)
+        args = ("--config", "same-8,paper-8,keras-8", "--mode", "inference", "--provider", "eager,limit")
+        assert bench(tmp_path, *args) == 1
+        found = {(row["config"], row["provider"]): row["status"] for row in load(tmp_path)["rows"]}
+        assert found.pop(("paper-8", "eager")) == found.pop(("paper-8", "limit")) == "failed"
+        assert len(found) == 4 and set(found.values()) == {"measured"}
+        assert "eager: failed at paper-8 inference: MemoryError: too large" in capsys.readouterr().out
+
+    def test_after_an_error_there_is_a_report_of_what_was_measured(self, monkeypatch, tmp_path):
+        whole = Run.measure
+
+        def measure_some(self, jobs) -> None:
+            whole(self, jobs[:1])
+            raise OSError("no space left")
+
+        monkeypatch.setattr(Run, "measure", measure_some)
+        with pytest.raises(OSError, match="no space left"):
+            bench(
+                tmp_path, "--config", "same-8,paper-8", "--mode", "inference", "--provider", "attn_gate,eager"
+            )
+        assert {row["config"] for row in load(tmp_path)["rows"]} == {"same-8"}
+        assert "Interrupted" in (tmp_path / "report.html").read_text()
+        assert "`same-8`" in (tmp_path / "table.md").read_text()
+
+    def test_rows_say_whether_an_operator_of_ours_ran(self, monkeypatch, tmp_path, capsys):
+        left = dataclasses.replace(PROVIDERS["eager"], name="attn_gate-left")
+        monkeypatch.setitem(PROVIDERS, "attn_gate-left", left)
+        names = ("attn_gate", "attn_gate-left", "eager")
+        assert bench(tmp_path, "--config", "same-8", "--provider", ",".join(names)) == 0
+        found = {(row["mode"], row["provider"]): row["fused"] for row in load(tmp_path)["rows"]}
+        expected = dict(zip(names, (True, False, None), strict=True))
+        assert found == {(mode, name): expected[name] for mode in ("inference", "step") for name in names}
+        assert "=: PyTorch's layers" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_the_limit_takes_no_new_memory(self, training):
+        made = Case(Config("paper-64", "", "paper", 6, 8, 3, (64, 64)))
+        program = PROVIDERS["limit"].make(made, training)
+        for work in program.works.values():
+            assert allocated_peak(work.call) < made.inputs[1].nbytes
+
 
 @pytest.mark.slow
 def test_pytest_benchmark_over_the_same_registry():
@@ -269,6 +332,7 @@ class TestArguments:
             ("--device", "cdua", "did you mean cuda"),
             ("--config", "", "there are same-8, paper-8"),
             ("--threads", "1,none", "whole numbers of at least 1"),
+            ("--threads", "1,100000", "at most"),
             ("--memory", "lots", "a size such as 512M"),
             ("--baseline", "no/such/folder", "no/such/folder can't be read"),
         ],
@@ -283,6 +347,65 @@ class TestArguments:
     def test_a_device_that_is_not_here(self, capsys):
         assert commands.main(["bench", "--device", "cuda"]) == 2
         assert "torch sees no GPU" in capsys.readouterr().err
+
+    def refused(self, folder, capsys, monkeypatch, *args: str) -> str:
+        """What it says, in one line, when it refuses before it measures anything."""
+        monkeypatch.setattr(Device, "time_ms", lambda *args: pytest.fail("it has begun to measure"))
+        assert bench(folder, *args) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    def test_a_folder_that_is_a_file(self, tmp_path, capsys, monkeypatch):
+        for name in ("file", "file/below"):
+            (tmp_path / "file").write_text("")
+            said = self.refused(tmp_path / name, capsys, monkeypatch)
+            assert f"--out: {tmp_path / name} must be a folder to write to" in said
+
+    @pytest.mark.parametrize(
+        ("args", "said"),
+        [
+            (("--provider", "onnxruntime", "--mode", "step"), "onnxruntime has inference;"),
+            (
+                ("--provider", "limit", "--config", "net-8"),
+                "limit has inference, forward, backward, step of gate",
+            ),
+        ],
+    )
+    def test_nothing_to_measure(self, args, said, tmp_path, capsys, monkeypatch):
+        monkeypatch.setitem(TINY, "net-8", NetworkConfig("net-8", "", "oktay", (16, 16, 32)))
+        monkeypatch.setattr(plan, "quick", lambda: [plan.Group((), tuple(TINY), measure.Patience(1, 1, 1))])
+        found = self.refused(tmp_path, capsys, monkeypatch, *args)
+        assert found.startswith("nothing to measure: ") and said in found
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            ("half a fi", "isn't a results.json of this benchmark"),
+            ('{"schema": 1}', "has schema 1"),
+            ({"processor": "Z80"}, "(processor Z80 there, "),
+            ({"torch": "1.0"}, "(torch 1.0 there, "),
+            ({"attn_gate": "0.0"}, "(attn_gate 0.0 there, "),
+        ],
+    )
+    def test_what_nothing_can_be_added_to(self, content, said, tmp_path, capsys, monkeypatch):
+        args = ("--config", "same-8", "--mode", "inference", "--provider", "limit")
+        if isinstance(content, dict):
+            assert bench(tmp_path, *args) == 0
+            capsys.readouterr()
+            earlier = load(tmp_path)
+            content = json.dumps({**earlier, "machine": {**earlier["machine"], **content}})
+        (tmp_path / "results.json").write_text(content)
+        found = self.refused(tmp_path, capsys, monkeypatch, "--add", *args)
+        assert found.startswith("--add: ") and said in found and "leave --add out" in found
+        assert (tmp_path / "results.json").read_text() == content
+
+    def test_a_baseline_from_another_device(self, tmp_path, capsys, monkeypatch):
+        old = made_up_results()
+        old.machine["device"] = "cuda"
+        old.write(tmp_path / "old")
+        said = self.refused(tmp_path / "new", capsys, monkeypatch, "--baseline", str(tmp_path / "old"))
+        assert "that run was on cuda, this one would be on cpu" in said
+        assert not (tmp_path / "new").exists()
 
     def test_names_of_families(self):
         assert list(select("config", ["paper-64", "same"], CONFIGS)) == [
@@ -306,6 +429,24 @@ class TestPlan:
         jobs = list(plan.jobs(plan.full(), plan.Wanted(), "cpu"))
         assert {job.config.name for job in jobs} == set(CONFIGS)
         assert {mode for job in jobs for mode in job.modes} == set(MODES)
+
+    def test_everything_gets_enough_turns_for_an_interval(self):
+        assert min(group.patience.least for group in plan.full() if group.patience) >= ENOUGH
+
+    def test_pytorchs_strongest_is_always_beside_us(self):
+        assert all("eager-channels-last" in group.providers for group in plan.quick())
+        timed = [job for job in plan.jobs(plan.full(), plan.Wanted(), "cpu") if job.patience]
+        for family in {config.family for config in CONFIGS.values() if config.kind == "gate"}:
+            finest = next(job for job in timed if job.config.family == family)
+            assert {"eager", "eager-channels-last", "compile"} <= set(finest.providers)
+        compiled = {job.config.name for job in timed if "compile" in job.providers}
+        assert compiled.isdisjoint({"lee-128", "lee-64", "lee-32", "monai-48", "oktay-40"})
+
+    def test_kept_memory_is_told_apart_at_the_finest_gates(self):
+        jobs = [job for job in plan.jobs(plan.full(), plan.Wanted(), "cpu") if job.patience]
+        found = {job.config.name for job in jobs if "attn_gate-unkept" in job.providers}
+        assert found == {"same-256", "paper-256", "lee-256", "monai-96", "oktay-80", "keras-256"}
+        assert all({"attn_gate", "eager"} <= set(job.providers) for job in jobs if job.config.name in found)
 
     def test_filters_replace_that_part_of_each_group(self):
         wanted = plan.Wanted(configs=["same-256"], dtypes=["float16"], modes=["step"], providers=["eager"])
@@ -356,7 +497,20 @@ class TestResults:
         assert again.configs == {name: TINY[name] for name in ("same-8", "oktay-4")}
         assert json.loads(json.dumps(again.to_json())) == load(tmp_path)
 
-    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1}'])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "",
+            "[]",
+            "{}",
+            '{"schema": 1}',
+            '{"schema": 2}',
+            '{"schema": 2, "configs": []}',
+            '{"schema": 2, "configs": {"a": {"kind": "gate"}}}',
+            '{"schema": 2, "configs": {}, "rows": [{}]}',
+            '{"schema": 2, "configs": {}, "rows": [], "started": "", "machine": {}}',
+        ],
+    )
     def test_other_files_are_refused(self, content, tmp_path):
         path = tmp_path / "results.json"
         path.write_text(content)
@@ -373,6 +527,35 @@ class TestResults:
         assert results.speedup("a", "step", "attn_gate", over="eager") == 2.0
         assert results.speedup("a", "step", "attn_gate", over="compile") is None
 
+    def test_what_goes_without_saying_is_what_there_is(self):
+        rows = [Row("a", "bfloat16", n, "step", "eager", times_ms=[float(n)]) for n in (1, 4)]
+        results = Results("", {"threads": 2}, {}, rows=rows)
+        assert (results.dtype, results.threads) == ("bfloat16", 4)
+        assert results.find("a", "step", "eager").median_ms == 4.0
+        results.add([Row("a", "float32", 2, "step", "eager", times_ms=[2.0])])
+        assert (results.dtype, results.threads) == ("float32", 2)
+
+    def test_configs_are_in_the_order_of_the_registry(self):
+        results = Results("", {"threads": 2}, {})
+        for name in ("keras-256", "lee-32", "lee-256"):
+            results.describe(CONFIGS[name])
+        assert list(results.configs) == ["lee-256", "lee-32", "keras-256"]
+
+    def test_gains_are_of_what_is_fused_over_the_fastest_that_matched(self):
+        times = {"attn_gate": 1.0, "eager": 8.0, "eager-channels-last": 2.0, "compile": 4.0}
+        rows = [
+            Row(name, "float32", 2, "step", provider, times_ms=[time], fused=fused)
+            for name, fused in (("same-256", True), ("lee-32", False))
+            for provider, time in times.items()
+        ]
+        results = Results("", {"threads": 2}, {}, rows=rows)
+        configs = [CONFIGS["same-256"], CONFIGS["lee-32"]]
+        assert gains.gain(results, configs, "step", ("eager",)) == gains.Gain(pytest.approx(8), 8, 8, 1)
+        assert gains.gain(results, configs, "step", PYTORCH).mean == pytest.approx(2)
+        results.find("same-256", "step", "eager-channels-last").times_ms.clear()  # it was wrong
+        assert gains.gain(results, configs, "step", PYTORCH).mean == pytest.approx(4)
+        assert gains.gain(results, configs, "inference", PYTORCH) is None
+
 
 class TestSummary:
     def test_one_sample_is_everything(self):
@@ -383,6 +566,11 @@ class TestSummary:
         s = summarise([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
         assert (s.q1, s.median, s.q3, s.outliers) == (2.25, 3.5, 4.75, 1)
         assert s.noisy and not summarise([1.0, 1.01, 1.02]).noisy
+
+    def test_few_samples_are_noisy_by_their_range(self):
+        assert summarise([403.0, 555.0]).noisy and summarise([403.0, 555.0]).few
+        s = summarise([1.0, 2.0, 2.01, 2.02, 2.03, 3.0])
+        assert not s.noisy and not s.few
 
     def test_the_median_is_within_its_interval_in_19_of_20_cases(self):
         generator = torch.Generator().manual_seed(0)
@@ -419,6 +607,63 @@ class TestBaseline:
     def test_noise_is_no_change(self):
         compared = baseline.compare(self.results(1.0, 1.15, spread=0.1), self.results(1.0, 1.0, spread=0.1))
         assert {row["verdict"] for row in compared["rows"]} == {"unclear"}
+
+    @staticmethod
+    def drawn(generator: random.Random, counts: tuple[int, ...], sigma: float = 0.1) -> Results:
+        """100 rows of ours and 40 of others, of samples from one distribution."""
+        rows = []
+        for provider, number in (("attn_gate", 100), ("eager", 40)):
+            for i in range(number):
+                times = [10 * math.exp(generator.gauss(0, sigma)) for _ in range(counts[i % len(counts)])]
+                rows.append(Row(f"c{i}", "float32", 2, "step", provider, times_ms=times))
+        return Results("then", {"threads": 2}, {}, rows=rows)
+
+    def test_two_runs_of_one_program_are_rarely_called_slower(self):
+        generator = random.Random(0)
+        slower = 0
+        for _ in range(200):
+            pair = self.drawn(generator, (15, 4)), self.drawn(generator, (15, 4))
+            slower += baseline.is_slower(baseline.compare(*pair))
+        assert slower <= 0.05 * 200
+
+    def test_one_slower_row_among_many_is_found(self):
+        generator = random.Random(0)
+        new, old = (self.drawn(generator, (21,), sigma=0.03) for _ in range(2))
+        new.find("c7", "step", "attn_gate").times_ms[:] = [
+            1.3 * t for t in new.find("c7", "step", "attn_gate").times_ms
+        ]
+        rows = baseline.compare(new, old)["rows"]
+        assert [row["config"] for row in rows if row["verdict"] == "slower"] == ["c7"]
+
+    def test_of_few_samples_nothing_is_said(self):
+        new, old = self.results(1.0, 3.0), self.results(1.0, 1.0)
+        for row in old.rows:
+            if row.config == "a":
+                del row.times_ms[5:]
+        verdicts = {row["config"]: row["verdict"] for row in baseline.compare(new, old)["rows"]}
+        assert verdicts == {"a": "unclear", "b": "slower"}
+
+    def test_the_spread_of_the_others_is_that_of_95_percent(self):
+        new, old = self.results(1.0, 1.0, spread=0.0), self.results(1.0, 1.0, spread=0.0)
+        for row, factor in zip(
+            (row for row in new.rows if row.provider == "eager"), (0.9, 1.0, 1.2), strict=True
+        ):
+            row.times_ms[:] = [t * factor for t in row.times_ms]
+        middle = math.log(1 / 0.9)  # the median deviation of the three
+        noise = baseline.compare(new, old)["rows"][0]["noise"]
+        assert noise == pytest.approx(math.expm1(1.96 * 1.4826 * middle), rel=1e-3)
+
+    def test_other_sizes_are_not_compared_and_other_machines_are_named(self, capsys):
+        new, old = self.results(1.0, 1.3), self.results(1.0, 1.0)
+        new.configs = {name: Config(name, "", "paper", 8, 8, 4, (8, 8)) for name in ("a", "b")}
+        old.configs = {**new.configs, "a": dataclasses.replace(new.configs["a"], batch=1)}
+        old.machine.update(processor="Z80", torch="2", load=0.0)
+        new.machine.update(processor="6502", torch="2", load=1.0)
+        compared = baseline.compare(new, old)
+        assert {row["config"] for row in compared["rows"]} == {"b"}
+        said = "not the machine that it was then: processor Z80, now 6502; not compared, since they aren't "
+        assert baseline.cautions(compared) == said + "what they were: a"
+        assert said in "".join(map(str, baseline.tables(compared)))
 
     def test_end_to_end(self, tmp_path, capsys):
         args = ("--config", "same-8", "--mode", "inference", "--provider", "attn_gate,limit")
@@ -476,6 +721,10 @@ class TestNetworks:
         page = (tmp_path / "report.html").read_text()
         assert all(f">net-oktay, {mode}</th><td>" in page for mode in ("inference", "training step"))
 
+    def test_the_limit_of_a_network_is_no_row(self, tmp_path):
+        assert bench(tmp_path, "--mode", "inference", "--provider", "eager,limit") == 0
+        assert [row["provider"] for row in load(tmp_path)["rows"]] == ["eager"]
+
     def test_every_gate_is_fused_or_there_is_no_row(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(networks.GridAttention3d, "forward", lambda self, x, g: (self.W(x), x))
         assert bench(tmp_path, "--mode", "inference") == 1
@@ -512,6 +761,17 @@ class TestNetworks:
         monkeypatch.setitem(networks.NETWORKS, "oktay", make)
         assert bench(tmp_path) == 0
         assert "unavailable: pip install nets" in capsys.readouterr().out
+
+
+class TestDevice:
+    def test_the_peak_is_that_of_the_best_product(self, monkeypatch):
+        monkeypatch.setattr(Device, "_product_gflops", lambda self, *shape: shape[0] / 10)
+        assert PEAK(Device()) == max(rows for rows, _, _ in Device.products) / 10
+        assert len(Device.products) > 1
+
+    def test_rates_are_of_the_operations(self, monkeypatch):
+        monkeypatch.setattr(Device, "time_ms", lambda self, prepare, call: call() is None or 2.0)
+        assert Device()._product_gflops(10, 20, 30) == pytest.approx(2 * 10 * 20 * 30 / 2e-3 / 1e9)
 
 
 class TestCudaDevice:
@@ -578,6 +838,37 @@ class TestMemory:
                 x.clone()
 
         assert x.nbytes <= allocated_peak(call) < 1.1 * x.nbytes
+
+    def test_nothing_is_kept_in_a_call_of_unkept_and_the_limit_stays(self, monkeypatch):
+        limits = []
+        limit = keep_memory(12345)
+        try:
+            program = PROVIDERS["attn_gate-unkept"].make(Case(TINY["same-8"]), True)
+            for work in program.works.values():
+                work.prepare()
+                limits.append(keep_memory(0))
+                work.call()
+                limits.append(keep_memory(12345))
+            monkeypatch.setattr(torch.Tensor, "backward", lambda *args: 1 / 0)
+            work.prepare()
+            with pytest.raises(ZeroDivisionError):
+                work.call()
+            limits.append(keep_memory(12345))
+        finally:
+            keep_memory(limit)
+        assert limits == [0, 12345] * 3 + [12345]
+
+    def test_others_find_what_is_kept_full_again(self, monkeypatch):
+        log = []
+        work = Work(*(partial(log.append, name) for name in ("call", "prepare", "leave")))
+        patience, device = measure.Patience(1, 1, 60), Device()
+        assert list(measure.interleave({"a": (work, False)}, device, patience, {"a": []}, None)) == [1.0]
+        assert log.count("leave") == 2 and log[-1] == "leave"  # after its warm-up and after its turn
+
+    def test_our_operators_are_told_from_pytorchs_layers(self):
+        x, alpha = torch.randn(1, 2, 4, 4), torch.rand(1, 1, 4, 4)
+        assert runs_operators(lambda: functional.apply_attention(x, alpha))
+        assert not runs_operators(lambda: x * alpha)
 
     @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc, which Linux has")
     def test_resident_counts_what_was_freed_again(self):
@@ -687,7 +978,89 @@ class TestOutputs:
         empty = Results("2026-01-01T00:00:00+00:00", {**made_up_results().machine}, {})
         outputs.write_all(empty, tmp_path)
         assert "<img" not in (tmp_path / "report.html").read_text()
-        assert (tmp_path / "table.md").read_text() == ""
+        assert not (tmp_path / "table.md").exists()
+
+    def test_what_has_no_rows_of_ours_has_no_table(self, tmp_path, capsys):
+        assert bench(tmp_path, "--config", "same-8", "--mode", "inference", "--provider", "attn_gate") == 0
+        assert "table.md" in capsys.readouterr().out and (tmp_path / "table.md").exists()
+        assert bench(tmp_path, "--config", "same-8", "--mode", "inference", "--provider", "limit") == 0
+        assert "table.md" not in capsys.readouterr().out and not (tmp_path / "table.md").exists()
+
+    def test_another_dtype_and_number_of_threads_have_tables_too(self, tmp_path):
+        args = ("--config", "same-8", "--mode", "step", "--provider", "attn_gate,eager")
+        assert bench(tmp_path, *args, "--threads", "2", "--dtype", "bfloat16") == 0  # the tests' own is 1
+        head, _, line, *_ = (tmp_path / "table.md").read_text().splitlines()
+        assert head.startswith("| gate or network (bfloat16, 2 threads) |") and "`same-8`" in line
+        titles = [grid.title for grid in tables.grids(read(tmp_path))]
+        assert titles[0].startswith("Milliseconds, median, bfloat16, 2 threads")
+
+    def test_what_is_left_to_pytorch_is_marked_and_in_no_mean(self, tmp_path):
+        results = made_up_results()
+        results.find("lee-32", "step", "attn_gate").fused = False
+        outputs.write_all(results, tmp_path)
+        lines = (tmp_path / "table.md").read_text().splitlines()
+        (line,) = [line for line in lines if "`lee-32`" in line]
+        assert " (=3.00 ms)" in line and lines[-1].startswith("=: PyTorch's layers")
+        page = (tmp_path / "report.html").read_text()
+        assert "=3.00" in page and "2 of them" in page and "3 of them" in page
+
+    def test_the_page_says_sizes_and_the_fastest_of_pytorchs_own(self, folder):
+        text = (folder / "report.html").read_text(encoding="utf-8")
+        for config in made_up_results().configs.values():
+            assert f"<td>{config.shape_text}</td>" in text
+        assert "1.50×<small>the fastest of PyTorch's own" in text
+
+    def test_the_page_says_what_kept_memory_gives(self):
+        results = made_up_results()
+        assert "kept memory" not in report.html(results, {})
+        row = copy.deepcopy(results.find("same-256", "step", "attn_gate"))
+        row.provider, row.times_ms = "attn_gate-unkept", [2.5 * t for t in row.times_ms]
+        results.add([row])
+        assert "2.50 times in a training step of 1 gate" in report.html(results, {})
+
+    def test_logs_have_room_for_all_columns(self, capsys):
+        results = made_up_results()
+        for provider in plan.full()[0].providers:
+            row = copy.deepcopy(results.find("same-256", "step", "attn_gate"))
+            row.provider, row.times_ms = provider, [2000.0, 3000.0]
+            results.add([row])
+        for part in tables.rich_tables(results):
+            Console(width=cli.LOG_WIDTH).print(part)
+        printed = capsys.readouterr().out
+        assert "~2500 n=2" in printed and "…" not in printed
+
+    def test_few_samples_are_counted(self):
+        row = made_up_results().rows[0]
+        assert "n=" not in tables.counted_milliseconds(row)
+        del row.times_ms[2:]
+        assert tables.counted_milliseconds(row, " ms").endswith(" ms n=2")
+
+    @pytest.mark.parametrize("name", charts.FIGURES)
+    def test_titles_are_within_their_figures(self, name):
+        figure = charts.FIGURES[name][0](made_up_results(), theme.LIGHT)
+        figure.draw_without_rendering()
+        assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
+
+    def test_axes_of_speeds_have_ticks_on_both_sides_of_1(self):
+        results = made_up_results()
+        eager = results.find("net-lee", "step", "eager").median_ms
+        results.find("net-lee", "step", "attn_gate").times_ms[:] = [eager / 1.02]
+        results.find("net-lee", "step", "compile").times_ms[:] = [eager * 1.05]
+        figure = charts.speedups(results, theme.LIGHT, "step", ("network",))
+        ticks = list(figure.axes[0].get_xticks())
+        assert {0.9, 1.0, 1.1} <= set(ticks)
+        results.find("same-256", "step", "compile").times_ms[:] = [
+            1.6 * results.find("same-256", "step", "eager").median_ms
+        ]
+        results.find("same-256", "step", "attn_gate").times_ms[:] = [0.2]
+        ticks = charts.speedups(results, theme.LIGHT, "step", ("gate",)).axes[0].get_xticks()
+        assert min(ticks) < 1 < max(ticks)
+
+    def test_values_of_threads_are_not_struck_through(self):
+        axes = charts.thread_scaling(made_up_results(), theme.LIGHT).axes[0]
+        axes.figure.draw_without_rendering()
+        line = axes.transData.transform((2, 0))[0]
+        assert axes.texts and all(text.get_window_extent().x1 < line for text in axes.texts)
 
     @pytest.mark.parametrize("width", [360, 1280])
     @pytest.mark.parametrize("look", ["light", "dark"])
@@ -718,7 +1091,7 @@ def made_up_results() -> Results:
                 for provider, factor in speed.items():
                     base = factor * (number + 1) * (3 if mode == "step" else 1) / threads
                     row = Row(name, "float32", threads, mode, provider)
-                    row.times_ms = [base * (1 + 0.01 * i) for i in (-1, 0, 1)]
+                    row.times_ms = [base * (1 + 0.01 * i) for i in range(-3, 4)]
                     row.kept_bytes, row.peak_bytes = int(factor * 2**20), int(factor * 2**24)
                     if isinstance(CONFIGS[name], Config):
                         row.needed_bytes = traffic.needed_bytes(CONFIGS[name], mode, "float32")
