@@ -159,9 +159,9 @@ def _normed(norm: nn.Module | None, t: Tensor) -> Tensor:
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype | None:
-    """The dtype of the layer's parameters, or where it has none of its buffers; None where it has neither."""
+    """The dtype of the layer's floating parameters, or where it has none of its buffers, or None."""
     # A layer's own weight, which a parametrised one has not: layer.weight would compute that.
     own = layer._parameters  # which has no `get` in TorchScript
     weight = own["weight"] if "weight" in own else None
-    first = next(chain(layer.parameters(), layer.buffers()), None) if weight is None else weight
-    return None if first is None else first.dtype
+    tensors = chain(layer.parameters(), layer.buffers()) if weight is None else (weight,)
+    return next((t.dtype for t in tensors if t.is_floating_point()), None)

@@ -14,7 +14,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ from attn_gate.families import Layers, Unreadable, find_layer, norm_kind
 from attn_gate.folding import FoldCache
 from attn_gate.listening import LISTENER, tell
 from attn_gate.probe import Found, arrange
-from attn_gate.settings import Settings, changed, described, settings_of
+from attn_gate.settings import STATE, Settings, changed, described, settings_of
 
-STATE = "_attn_gate"
+_NOTHING = Settings(0, ())
 _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
@@ -48,6 +48,7 @@ class FusedGate:
     recompute: str | bool
     # Path, class and settings of the gate ("") and of every layer, as seen when it was fused.
     layers: tuple[tuple[str, type, Settings], ...]
+    changed_before: tuple[str, str] | None = None  # of what the gate was copied from
     cache: FoldCache = field(default_factory=FoldCache)
     decisions: Decisions = field(default_factory=Decisions)
 
@@ -69,19 +70,34 @@ class FusedGate:
         if count < len(self.layers):
             return f"{self.layers[count][0]} is gone"
         what = self.changed(gate)
-        if not what or torch.compiler.is_compiling():
-            return what
-        path, _, name = what.rpartition(".")
-        return f"{what} {described(find_layer(gate, path), name)}"
+        if what is None:
+            return ""
+        path, name = what
+        dotted = f"{path}.{name}" if path else name
+        # Compiled code has no words for everything.
+        return (
+            dotted if torch.compiler.is_compiling() else f"{dotted} {described(find_layer(gate, path), name)}"
+        )
 
-    def changed(self, gate: nn.Module) -> str:
-        """Which plain attribute of the gate or of a layer, by its dotted name, isn't what it was when it
-        was fused; empty where all are."""
+    def changed(self, gate: nn.Module) -> tuple[str, str] | None:
+        """Path and attribute of the gate, or of a layer, that isn't what it was when the gate was fused."""
+        if self.changed_before is not None:
+            return self.changed_before
         for path, _, settings in self.layers:
             layer = find_layer(gate, path)
             if layer is not None and (name := changed(layer, settings)):
-                return f"{path}.{name}" if path else name
-        return ""
+                return path, name
+        return None
+
+    def to_copy(self, gate: nn.Module) -> FusedGate:
+        """What a copy or a pickle of the gate takes along; the settings are for that to `see`."""
+        layers = tuple((path, cls, _NOTHING) for path, cls, _ in self.layers)
+        return replace(self, layers=layers, changed_before=self.changed(gate))
+
+    def see(self, gate: nn.Module) -> None:
+        """Take the settings of this gate, a copy, as those that were seen."""
+        found = [(path, cls, find_layer(gate, path)) for path, cls, _ in self.layers]
+        self.layers = tuple((p, cls, _NOTHING if m is None else settings_of(m)) for p, cls, m in found)
 
     def takes(self, gate: nn.Module, x: Any, g: Any) -> bool:
         """Whether the fused operators compute for these maps what the original forward does.
@@ -266,6 +282,7 @@ def fused_class(cls: type) -> type:
     if cls not in _classes:
         names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
         members = {**names, "forward": _fused_forward(cls.forward), "__reduce_ex__": _reduce, STATE: None}
+        members["__setstate__"] = _set_state
         try:
             _classes[cls] = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(members))
         except Exception as error:  # __init_subclass__ that wants arguments, say
@@ -297,7 +314,17 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
     function, args, *rest = super(fused, self).__reduce_ex__(protocol)
     if function is copyreg.__newobj__ and args[0] is fused:
         function, args = _rebuild, (fused.__mro__[1], *args[1:])
+    if rest and isinstance(rest[0], dict) and isinstance(known := rest[0].get(STATE), FusedGate):
+        rest[0] = {**rest[0], STATE: known.to_copy(self)}
     return (function, args, *rest)
+
+
+def _set_state(self: nn.Module, state: Any) -> None:
+    """As the original class's; its layers are there by now."""
+    fused = next(base for base in type(self).__mro__ if base in _classes.values())
+    super(fused, self).__setstate__(state)
+    if (known := self.__dict__.get(STATE)) is not None:
+        known.see(self)
 
 
 def _rebuild(cls: type, *args: Any) -> nn.Module:

@@ -6,7 +6,6 @@ that no parameter, buffer, mode or random state changes.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -197,10 +196,12 @@ def _clips(
             parameter.mul_(10)
     for net, times in ((twin, 30.0), (twin, 1000.0), (loud, 30.0)):
         far = x * times, g * times
-        with contextlib.suppress(Unreadable):  # its own results aren't finite there
+        try:
             expected = _original(net.eval(), *far, x_first)
-            if not _agrees(spec, paths, net, [(*far, expected)], returns):
-                return True
+        except Exception:  # its own results aren't finite there, or it doesn't take such values
+            continue
+        if not _agrees(spec, paths, net, [(*far, expected)], returns):
+            return True
     return False
 
 

@@ -6,7 +6,9 @@ import copy
 import io
 import pickle
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -317,6 +319,142 @@ def test_settings_that_make_no_difference(net, runs):
     fuse.unfuse_gates(reference)
     torch.testing.assert_close(net(x := image()), reference(x))
     assert runs == [net.grid, net.lee]
+
+
+class Holding(LeeGate):
+    """Computes with what it holds."""
+
+    factor = 1.0
+
+    def __init__(self, held=None):
+        super().__init__(6, 3, 2)
+        self.held = held
+
+    def forward(self, g, x):
+        logits = self.psi[1](self.psi[0](self.relu(self.W_g(g) + self.W_x(x))))
+        return x * self.psi[2](logits * self.factor)
+
+
+class Scale:
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, t):
+        return t * self.value
+
+
+HELD = {
+    "nested dict": (lambda: {"att": {"t": 1.0}}, lambda held: held["att"].update(t=4.0)),
+    "namespace": (lambda: types.SimpleNamespace(t=1.0), lambda held: setattr(held, "t", 4.0)),
+    "array": (lambda: np.ones(2), lambda held: held.__setitem__(0, 4.0)),
+    "callable": (lambda: Scale(1.0), lambda held: setattr(held, "value", 3.0)),
+    "tensor": (lambda: torch.ones(2), lambda held: held.data.fill_(2)),
+    "tensors": (lambda: [torch.ones(2)], lambda held: held[0].mul_(2)),
+    "large tensor": (lambda: torch.ones(99), lambda held: held.mul_(2)),
+    "set": (lambda: {1}, lambda held: held.add(2)),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_what_a_gate_holds_may_change_inside(kind, runs):
+    make, change = HELD[kind]
+    gate = Holding(make()).eval()
+    report = fuse.fuse_gates(gate)
+    copies = [copy.deepcopy(gate), pickle.loads(pickle.dumps(gate)), copy.copy(gate)]
+    maps = torch.randn(2, 6, 9, 9), torch.randn(2, 3, 9, 9)
+    for each in (gate, *copies):
+        each(*maps)
+    assert runs == [gate, *copies]
+    for each in copies[:2]:
+        change(each.held)
+        each(*maps)
+    assert not report.skipped and len(runs) == 4
+    change(gate.held)
+    gate(*maps)
+    assert report.skipped[""].startswith("held is ") and len(runs) == 4
+    # A copy of it would do as the class does, not as was found before.
+    for each in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate)), copy.copy(gate)):
+        each(*maps)
+    assert len(runs) == 4
+
+
+@pytest.mark.parametrize(
+    "held",
+    [float("nan"), [float("nan")], (1, float("nan")), torch.Size([2]), F.relu, [nn.ReLU()], range(9),
+     list(range(10**5)), torch.tensor(float("nan")), np.float32(1), Scale],
+    ids=lambda held: type(held).__name__,
+)  # fmt: skip
+def test_what_a_gate_holds_is_the_same_in_copies(held, runs):
+    gate = Holding(held).eval()
+    report = fuse.fuse_gates(gate)
+    for each in (gate, copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
+        each(torch.randn(2, 6, 9, 9), torch.randn(2, 3, 9, 9))
+        assert runs.pop() is each
+    assert not report.skipped
+
+
+def test_tensors_of_a_sweep(runs):
+    gate = Holding(torch.tensor(1.0)).eval()
+    fuse.fuse_gates(gate)
+    for value in range(2, 300):
+        gate.held = torch.tensor(float(value))
+        gate(torch.randn(1, 6, 2, 2), torch.randn(1, 3, 2, 2))
+    assert not runs
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (lambda gate: setattr(gate, "factor", 4.0), "factor is 4.0 now"),
+        (lambda gate: setattr(gate.relu, "forward", torch.tanh), "relu.forward is <built-in"),
+        (lambda gate: setattr(gate.W_x[0], "forward", torch.zeros_like), "W_x.0.forward is <built-in"),
+    ],
+)
+def test_what_stands_before_an_attribute_of_the_class(change, reason, runs):
+    gate = Holding().eval()
+    report = fuse.fuse_gates(gate)
+    gate.of_somebody_else = 3
+    assert not report.skipped
+    change(gate)
+    assert report.skipped[""].startswith(reason)
+
+
+def test_attributes_with_dots():
+    gate = Holding().eval()
+    gate.__dict__["a.b"] = 1
+    report = fuse.fuse_gates(gate)
+    gate.__dict__["a.b"] = 2
+    assert report.skipped == {"": "a.b is 2 now"}
+
+
+def test_equality_of_what_is_held_is_not_asked(runs):
+    class Odd(Scale):
+        def __eq__(self, other):
+            raise ValueError
+
+    gate = Holding(Odd(1.0)).eval()
+    fuse.fuse_gates(gate)
+    gate.held = Odd(1.0)
+    gate(torch.randn(2, 6, 9, 9), torch.randn(2, 3, 9, 9))
+    assert not runs
+
+
+def test_a_compiled_module_is_pickled_as_before(net, runs):
+    net.lee.compile(backend="eager")
+    report = fuse.fuse_gates(net)
+    copies = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+    assert list(report.fused) == ["lee", "grid"]
+    for each in copies:
+        each(image())
+        assert runs[-2:] == [each.grid, each.lee]
+
+
+def test_what_was_missing_in_a_gate_is_missing_in_its_copies(net, runs):
+    fuse.fuse_gates(net)
+    net.lee.psi[2] = None
+    with pytest.raises(TypeError):
+        copy.deepcopy(net)(image())
+    assert [type(gate) for gate in runs] == [type(net.grid)]
 
 
 class Wrapper(nn.Module):

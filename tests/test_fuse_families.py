@@ -338,6 +338,19 @@ class Clipping(LeeGate):
         return x * self.psi[2](logits)
 
 
+class Checking(LeeGate):
+    """Takes no large values."""
+
+    def forward(self, g, x):
+        if x.abs().max() > 50:
+            raise ValueError("x must be normalised")
+        return super().forward(g, x)
+
+
+def test_a_gate_that_takes_no_large_values_is_fused():
+    assert list(fuse.fuse_gates(nn.Sequential(Checking(8, 6, 4), LeeGate(8, 6, 4))).fused) == ["0", "1"]
+
+
 class OtherCall(LeeGate):
     def forward(self, g, x, mask):
         return super().forward(g, x) * mask

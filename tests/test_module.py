@@ -505,6 +505,22 @@ def test_norms_without_parameters_in_16_bit(training):
             assert gate(x, g).dtype == torch.bfloat16
 
 
+def test_counts_of_a_layer_say_nothing_of_its_dtype():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.tensor(0))
+
+        def forward(self, t):
+            return t
+
+    gate, x, g = same_grid_case(torch.float32)
+    gate.psi_norm = nn.Identity()
+    expected = gate(x, g)
+    gate.psi_norm = Counter()
+    torch.testing.assert_close(gate(x, g), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
