@@ -24,12 +24,12 @@ STATE = "_attn_gate"  # the attribute of a fused gate that makes it one
 _PLAIN = (numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device, types.NoneType)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial, type)
 _CONTAINERS = (list, tuple, dict)
-_OURS = (STATE, LISTENER)
 # What makes no difference to results, or is looked up at each call.
-_NOT_ASKED = frozenset(nn.Module().__dict__) | {*_OURS, "inplace", "_compiled_call_impl"}
+_NOT_ASKED = frozenset(nn.Module().__dict__) | {STATE, LISTENER, "inplace", "_compiled_call_impl"}
 _OF_CONVOLUTIONS = _NOT_ASKED | {"in_channels", "out_channels"}
 _OF_NORMS = _NOT_ASKED | {"num_features", "num_channels", "eps", "momentum", "affine", "track_running_stats"}
 _ITSELF = ...  # the content of what nothing can be said of but whether it is the same object
+_GONE = object()
 _LIMITS = (64, 16, 4)  # items of a container that are looked at, of one in it, and of one in that
 _ELEMENTS = 64  # of a tensor or an array; larger ones count as changed by their version, or not at all
 
@@ -52,7 +52,10 @@ def changed(layer: nn.Module, seen: Settings) -> str:
     """The first of these settings that isn't what it was; empty where all are."""
     now = layer.__dict__
     for name, value, content in seen.values:
-        if name not in now or not _alike(now[name], value, content):
+        current = now.get(name, _GONE)
+        if current is value and (content is value or content is _ITSELF):
+            continue  # nearly always: each call of a gate asks for all of its layers
+        if current is _GONE or not _alike(current, value, content):
             return name
     return _added(layer, seen) if _count(now) != seen.count else ""
 
@@ -72,7 +75,7 @@ def _not_asked(layer: nn.Module) -> frozenset[str]:
 
 
 def _count(attributes: dict[str, Any]) -> int:
-    return len(attributes) - sum(name in attributes for name in _OURS)
+    return len(attributes) - (STATE in attributes) - (LISTENER in attributes)
 
 
 def _added(layer: nn.Module, seen: Settings) -> str:
@@ -82,8 +85,6 @@ def _added(layer: nn.Module, seen: Settings) -> str:
 
 
 def _alike(current: Any, value: Any, content: Any) -> bool:
-    if current is value and (content is value or content is _ITSELF):
-        return True
     if content is _ITSELF or type(current) is not type(value):
         return False
     if torch.compiler.is_compiling() and not isinstance(value, (*_PLAIN, *_CONTAINERS)):

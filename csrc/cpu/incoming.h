@@ -41,15 +41,16 @@ struct Part {
 
 // The memory works while the arithmetic does. A prefetch of the whole tile would not do: a map's channels
 // mostly lie a power of two apart, and lines that lie so displace one another in every cache. So a row is
-// fetched kLead rows before it is copied.
+// fetched kLead rows before it is copied, into the first-level cache, or kFarLead rows before, into the
+// second.
 template <class T>
 class Incoming {
   using A = Acc<T>;
 
  public:
   // Forgets what there was; the tile's rows will be `ld` apart, or pairs of them as load_pairs() makes them.
-  void begin(int64_t ld, bool in_pairs) {
-    parts_ = 0, rows_ = 0, ld_ = ld, in_pairs_ = in_pairs;
+  void begin(int64_t ld, bool in_pairs, bool far) {
+    parts_ = 0, rows_ = 0, ld_ = ld, in_pairs_ = in_pairs, far_ = far;
     copied_ = fetched_ = Cursor();
   }
   // Adds the voxels [v0, v1) of sample n, at most kVoxels, of a part that is in rows or in patches.
@@ -80,7 +81,7 @@ class Incoming {
   // Divides the work by the number of times that step() will be called.
   void over(int64_t calls) {
     some_ = calls > 0 ? (rows_ + calls - 1) / calls : rows_;
-    for (int64_t i = smaller(kLead, rows_); i > 0; --i) fetch();
+    for (int64_t i = smaller(far_ ? kFarLead : kLead, rows_); i > 0; --i) fetch();
   }
   inline __attribute__((always_inline)) void step() {
     for (int64_t left = some_; left > 0 && copied_.part < parts_; --left) row();
@@ -92,7 +93,7 @@ class Incoming {
   static constexpr int64_t kVoxels = 384;
 
  private:
-  static constexpr int64_t kLead = 16;
+  static constexpr int64_t kLead = 16, kFarLead = 64;
   struct Source {
     const T* from;
     A* to;
@@ -125,6 +126,13 @@ class Incoming {
     if (fetched_.part < parts_) fetch();
     copy();
   }
+  inline __attribute__((always_inline)) void fetch_line(const T* at) const {
+    if (std::is_same_v<T, bf16> && far_) {
+      __builtin_prefetch(at, 0, 2);
+    } else {
+      __builtin_prefetch(at, 0, 3);
+    }
+  }
   inline __attribute__((always_inline)) void fetch() {
     const Source& source = sources_[fetched_.part];
     const int64_t* at = at_[fetched_.part];
@@ -133,14 +141,14 @@ class Incoming {
     if (!source.patches) {
       from += at[0];
       for (const T* row : {from, from + source.second}) {
-        for (int64_t i = 0; i < source.len; i += line) __builtin_prefetch(row + i, 0, 3);
-        __builtin_prefetch(row + source.len - 1, 0, 3);  // where it doesn't begin with a line
+        for (int64_t i = 0; i < source.len; i += line) fetch_line(row + i);
+        fetch_line(row + source.len - 1);  // where it doesn't begin with a line
         if (!source.second) break;
       }
       return;
     }
     for (int64_t j = 0; j * kLanes<A> < source.len; ++j)
-      for (int64_t i = 0; i < 2 * kLanes<A>; i += line) __builtin_prefetch(from + at[j] + i, 0, 3);
+      for (int64_t i = 0; i < 2 * kLanes<A>; i += line) fetch_line(from + at[j] + i);
   }
   inline __attribute__((always_inline)) void copy() {
     Source& source = sources_[copied_.part];
@@ -192,7 +200,7 @@ class Incoming {
 
   Source sources_[2];
   int parts_ = 0;
-  bool in_pairs_ = false;
+  bool in_pairs_ = false, far_ = false;
   Cursor copied_, fetched_;
   int64_t ld_ = 0, rows_ = 0, some_ = 0;
   int64_t at_[2][kVoxels / kLanes<A>];  // where each vector's first voxel lies
