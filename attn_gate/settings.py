@@ -6,10 +6,11 @@ Nothing tells when one of them changes, so they are compared with what they were
 from __future__ import annotations
 
 import enum
+import itertools
 import numbers
 import reprlib
 import types
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -109,15 +110,14 @@ def _content(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return _items(value, depth)
     if isinstance(value, (set, frozenset)):
-        return frozenset(value)
+        return frozenset(value) if len(value) <= _LIMITS[depth] else (_Same(value), len(value))
     if hasattr(value, "__dict__"):
-        return _Same(value), _content(vars(value), depth)
+        return _Same(value), _content(vars(value), depth + 1)
     return _Same(value) if depth else _ITSELF
 
 
-def _items(values: Iterable[Any], depth: int) -> tuple:
-    values = list(values)
-    return len(values), *[_content(item, depth + 1) for item in values[: _LIMITS[depth]]]
+def _items(values: Collection[Any], depth: int) -> tuple:
+    return len(values), *[_content(item, depth + 1) for item in itertools.islice(values, _LIMITS[depth])]
 
 
 def _has_elements(value: Any) -> bool:
