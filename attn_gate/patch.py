@@ -277,7 +277,7 @@ def fused_class(cls: type) -> type:
     Raises:
         Unreadable: the class doesn't let others inherit from it so.
     """
-    if _is_patched(cls):
+    if _fused_base(cls):
         return cls
     if cls not in _classes:
         names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -304,13 +304,14 @@ def _fused_forward(original: Callable) -> Callable:
     return functools.update_wrapper(forward, original)
 
 
-def _is_patched(cls: type) -> bool:
-    return any(base in _classes.values() for base in cls.__mro__)
+def _fused_base(cls: type) -> type | None:
+    """The class of ours that it is or inherits from."""
+    return next((base for base in cls.__mro__ if base in _classes.values()), None)
 
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:
     """As the original class's, with `_rebuild` in place of a class that no import finds."""
-    fused = next(base for base in type(self).__mro__ if base in _classes.values())
+    fused = _fused_base(type(self))
     function, args, *rest = super(fused, self).__reduce_ex__(protocol)
     if function is copyreg.__newobj__ and args[0] is fused:
         function, args = _rebuild, (fused.__mro__[1], *args[1:])
@@ -321,8 +322,7 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 
 def _set_state(self: nn.Module, state: Any) -> None:
     """As the original class's; its layers are there by now."""
-    fused = next(base for base in type(self).__mro__ if base in _classes.values())
-    super(fused, self).__setstate__(state)
+    super(_fused_base(type(self)), self).__setstate__(state)
     if (known := self.__dict__.get(STATE)) is not None:
         known.see(self)
 

@@ -8,7 +8,7 @@ from .gains import gain
 from .providers import PROVIDERS, PYTORCH
 from .registry import AnyConfig
 from .results import Results
-from .tables import LEFT, MARKS, NOISY, marks, milliseconds, three_digits
+from .tables import LEFT, MARKS, NOISY, marks, milliseconds, threads_text, three_digits
 
 _OTHERS = ("eager", "eager-channels-last", "compile", "onnxruntime", "openvino")
 
@@ -46,7 +46,7 @@ def table(results: Results, kinds: Sequence[str] = ("gate", "network")) -> str:
 def _what_is_unusual(results: Results) -> str:
     parts = [results.dtype] if results.dtype != "float32" else []
     if results.threads != results.machine["threads"]:
-        parts.append(f"{results.threads} thread{'s' if results.threads > 1 else ''}")
+        parts.append(threads_text(results.threads))
     return f" ({', '.join(parts)})" if parts else ""
 
 

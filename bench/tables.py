@@ -40,7 +40,7 @@ class Grid:
 
 def grids(results: Results) -> Iterator[Grid]:
     """All tables of measured numbers that are not empty."""
-    threads = f"{results.threads} thread{'s' if results.threads > 1 else ''}"
+    threads = threads_text(results.threads)
     rows = [row for row in results.rows if row.times_ms]
     notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in marks(row) for row in rows)]
     notes += ["n: of so few samples"] if any(row.summary.few for row in rows) else []
@@ -112,7 +112,7 @@ def heading(results: Results, row: Row) -> str:
     if row.dtype != results.dtype:
         parts.append(row.dtype)
     if row.threads != results.threads:
-        parts.append(f"{row.threads} thread{'s' if row.threads > 1 else ''}")
+        parts.append(threads_text(row.threads))
     return ", ".join(parts)
 
 
@@ -182,6 +182,11 @@ def line(results: Results, rows: list[Row]) -> str:
     first = rows[0]
     times = ", ".join(f"{row.provider} {milliseconds(row)}" for row in rows if row.times_ms)
     return f"{first.config} {heading(results, first)}: {times}"
+
+
+def threads_text(count: int) -> str:
+    """Such as "2 threads"."""
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def marks(row: Row) -> str:
