@@ -98,8 +98,9 @@ class Case:
         x, g = self.inputs
         with torch.no_grad():
             for _ in range(100):
+                exact = x.double(), g.double()
                 for training in {False, has_norms(double)}:
-                    double.train(training)(x.double(), g.double())
+                    double.train(training)(*exact)
                 sample, *voxel = torch.cat(close).unbind(1)
                 close.clear()
                 if not len(sample):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -40,11 +42,13 @@ class Run:
 
     def __enter__(self) -> Run:
         self._live.start()
+        gc.freeze()  # all that is imported: to look through it before each measurement takes seconds
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
+        gc.unfreeze()
         self._live.stop()
         self.results.interrupted = kind is not None
         self.results.write(self.folder)
@@ -66,8 +70,9 @@ class Run:
                     self._measure_times(job, advance)
                 if job.memory:
                     self._measure_memory(job, advance)
-            # Else torch.compile's graphs, one for each config, would hit its limit of recompilations.
-            torch.compiler.reset()
+            if "torch._dynamo" in sys.modules:  # seconds to import, only for what compiles
+                # Else torch.compile's graphs, one for each config, would hit its limit of recompilations.
+                torch.compiler.reset()
             self._progress.update(task, completed=number + 1)
 
     def _measure_times(self, job: Job, advance) -> None:
