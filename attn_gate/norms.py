@@ -25,14 +25,17 @@ class BiasedBatchNorm(_BatchNorm):
         if not self.training or self.running_var is None or input.numel() == 0:
             return super().forward(input)  # no variance to keep, or none at all
         self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:  # the average over all batches, as in PyTorch
+            momentum = 1 / self.num_batches_tracked.item()
         # A copy: autograd holds what it gets here, so that must not change again.
         unbiased = self.running_var.clone()
         output = F.batch_norm(
-            input, self.running_mean, unbiased, self.weight, self.bias, True, self.momentum, self.eps
+            input, self.running_mean, unbiased, self.weight, self.bias, True, momentum, self.eps
         )
         n = input.numel() / input.shape[1]
         with torch.no_grad():
-            kept = self.running_var * (1 - self.momentum)
+            kept = self.running_var * (1 - momentum)
             self.running_var.copy_(kept + (unbiased - kept) * ((n - 1) / n))
         return output
 

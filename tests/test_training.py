@@ -413,8 +413,17 @@ def test_biased_norm_of_nothing_is_that_of_pytorch(shape):
     torch.testing.assert_close(*results)
 
 
+def test_biased_norm_without_momentum_averages_over_all_batches():
+    norm = BiasedBatchNorm(3, momentum=None)
+    batches = [torch.randn(2, 3, 4, 5) for _ in range(3)]
+    for batch in batches:
+        norm(batch)
+    for kept, of_all in ((norm.running_mean, [b.mean((0, 2, 3)) for b in batches]),
+                         (norm.running_var, [b.var((0, 2, 3), correction=0) for b in batches])):  # fmt: skip
+        torch.testing.assert_close(kept, torch.stack(of_all).mean(0))
+
+
 def test_biased_norm_is_what_it_says():
-    norm = BiasedBatchNorm(3)
     gate, x, g = make({"preset": "same_grid", "norm_biased_variance": True}, (2, 3, 4, 5), (2, 3, 4, 5))
     gate.theta_norm = norm = BiasedBatchNorm(5, momentum=1.0)
     gate(x, g)
