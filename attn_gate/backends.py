@@ -5,6 +5,8 @@ One list of checks per backend serves the silent choice of "auto" and the error 
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -57,9 +59,25 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str:
         return f"the Triton kernels run on GPUs; the tensors are on {device}"
     if dtype == torch.float64:
         return "the Triton kernels take float32, bfloat16 and float16; got float64"
-    if device.type == "cuda" and torch.version.cuda and torch.cuda.is_available():
-        if torch.cuda.get_device_properties(device).major < 8:
+    if device.type == "cuda" and torch.cuda.is_available():
+        if torch.version.cuda and torch.cuda.get_device_properties(device).major < 8:
             return f"Triton needs compute capability 8.0 or newer; {device} has less"
+        if not torch.compiler.is_compiling():  # which takes Triton itself, and can't trace this
+            return _why_triton_does_not_start()
+    return ""
+
+
+@functools.cache
+def _why_triton_does_not_start() -> str:
+    """Start its driver, as its first kernel would.
+
+    That compiles a part of it, for which a machine that only runs PyTorch may lack the C compiler or Python's
+    headers.
+    """
+    try:
+        _ = importlib.import_module("triton").runtime.driver.active
+    except Exception as error:  # whatever a compiler may say
+        return f"Triton doesn't start here: {type(error).__name__}: {error}".partition("\n")[0]
     return ""
 
 

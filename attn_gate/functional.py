@@ -340,7 +340,7 @@ def _recompute_costs_more(x: Tensor, g: Tensor, theta_weight: Tensor, stride: li
     4 backward), and reads x, g, dy and writes dx, dg. Measured on 2 cores with AVX-512: at 75 flops for each
     element moved memory binds, and at 150 it still does nearly; at 300 and above the arithmetic does.
     """
-    inter, depth = theta_weight.shape[0], theta_weight[0].numel() + g.shape[1]
+    inter, depth = theta_weight.shape[0], math.prod(theta_weight.shape[1:]) + g.shape[1]
     moved = 3 * x.shape[1] * math.prod(stride) + 2 * g.shape[1]
     if x.device.type == "cpu":
         return 6 * inter * depth > 200 * moved

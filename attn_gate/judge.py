@@ -13,7 +13,8 @@ Gradients of parameters are sums over all voxels, which may cancel to little, wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -87,6 +88,25 @@ def judge(
 ) -> list[Judgement]:
     """Judge each of `found` once: `Judge(eager, reference, dtype).judge(found)`."""
     return Judge(eager, reference, dtype).judge(found)
+
+
+@contextlib.contextmanager
+def float32_products() -> Iterator[None]:
+    """Have PyTorch multiply float32 in float32 within; a decorator too.
+
+    On GPUs its convolutions take TF32 by default. Two of the same gate then round different numbers, such as
+    weights with a norm folded in and without, and a relu next to 0 is open in one and closed in the other: a
+    gradient as wrong as can be, of which the rule above knows nothing.
+    """
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def worst(judgements: list[Judgement]) -> Judgement:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import backends, functional, reference
 from .cases import CASES, LAYOUTS, OPERATORS, GateCase, channels_last
-from .judge import Judgement, judge, worst
+from .judge import Judgement, float32_products, judge, worst
 from .module import AttentionGate
 
 DTYPES = {
@@ -186,6 +186,7 @@ def _variants(subject: str) -> Iterator[tuple[GateCase, Variant]]:
             yield from ((case, variant) for variant in variants)
 
 
+@float32_products()
 def _compare(row: Row, case: GateCase, variant: Variant, layout: str, seed: int) -> list[Judgement]:
     """The judgements of all outputs and gradients of one call."""
     device = backends.device_of(row.backend)

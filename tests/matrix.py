@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attn_gate import backends, functional, reference
 from attn_gate.cases import GateCase, channels_last
-from attn_gate.judge import judge
+from attn_gate.judge import float32_products, judge
 
 BACKENDS = tuple(name for name, usable, _ in backends.report() if usable and name != "eager")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -137,6 +137,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
 _ROLES = {"x": 0, "theta": 0, "g": 1, "phi": 1, "alpha": 1}
 
 
+@float32_products()
 def compare(
     case: GateCase,
     operator: str,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,21 @@ def test_the_repaired_interpreter_finds_what_is_planted():
     assert output_of(python("triton_planted.py", TRITON_INTERPRET="1")) == (
         "load found\nstore found\ntwice found\nbfloat16 found\ntf32 found\n"
     )
+
+
+def test_what_the_kernels_do_not_take():
+    assert output_of(python("triton_edges.py", TRITON_INTERPRET="1")) == "right\n"
+
+
+def test_a_driver_that_does_not_start_is_a_reason(monkeypatch):
+    """As on a GPU's machine without a C compiler; here there is no driver at all."""
+    properties = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    backends._why_triton_does_not_start.cache_clear()
+    reason = backends.BACKENDS["triton"].why_not(torch.device("cuda"), torch.float32)
+    backends._why_triton_does_not_start.cache_clear()
+    assert reason.startswith("Triton doesn't start here: ")
 
 
 def test_triton_is_imported_by_the_first_call_only():

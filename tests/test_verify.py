@@ -104,6 +104,19 @@ def test_a_seed_that_there_is_not_is_refused(seed, capsys):
     assert f"N must be an integer from -2^63 to 2^64 - 1; got '{seed}'" in capsys.readouterr().err
 
 
+def test_products_of_float32_are_in_float32(monkeypatch, capsys):
+    """On a GPU whose convolutions take TF32; and afterwards all is as it was."""
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    assert "tf32" in before
+    seen, results = set(), verify._results
+    monkeypatch.setattr(
+        verify, "_results", lambda *args: seen.update(s.fp32_precision for s in switches) or results(*args)
+    )
+    assert cli.main(["verify", "--quick"]) == 0
+    assert seen == {"ieee"} and [switch.fp32_precision for switch in switches] == before
+
+
 class TestJudge:
     exact = {"y": torch.tensor([1.0, -2.0], dtype=torch.float64)}
 
@@ -121,6 +134,15 @@ class TestJudge:
     def test_nan_and_another_shape_are_wrong(self):
         assert not self.judge([1.0, float("nan")]).ok
         assert not self.judge([1.0]).ok
+
+    def test_all_of_a_large_result_is_looked_at(self):
+        exact = {"y": torch.ones(3 * 2**18 + 5, dtype=torch.float64)}
+        for wrong in (1.01, float("nan"), float("inf")):
+            for at in (0, 2**18, -1):
+                found = torch.ones(3 * 2**18 + 5)
+                found[at] = wrong
+                assert not worst(judge({"y": found}, exact, exact, torch.float32)).ok
+        assert worst(judge({"y": torch.ones(3 * 2**18 + 5)}, exact, exact, torch.float32)).error == 0
 
     def test_twice_the_error_of_eager_is_allowed(self):
         eager = {"y": self.exact["y"].float() + 1e-3}

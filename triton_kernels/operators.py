@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from . import launch
 from .geometry import Resize, grid_of, is_channels_last, layout_of, native, new_map
 from .passes import (
     ONE,
+    WIDE_FROM,
     Gradients,
     Problem,
     run_apply_alone,
@@ -48,6 +50,12 @@ def _maps(like: Tensor, **maps: tuple[Tensor | None, int | None]) -> list[Tensor
         raise ValueError(f"attn_gate: maps are [N, C, H, W] or [N, C, D, H, W]; got {list(like.shape)}")
     for name, (t, channels) in maps.items():
         _check(t, name, like, (like.shape[0], channels, *[None] * (like.ndim - 2)), like.dtype)
+        # Of a sample; many channels of fewer voxels are fine.
+        if t is not None and math.prod(t.shape[2:]) >= WIDE_FROM:
+            raise ValueError(
+                f"attn_gate: the Triton kernels take grids of less than {WIDE_FROM} voxels; {name} is "
+                f"{list(t.shape)}: take another backend"
+            )
     return [t if t is None else native(t) for t, _ in maps.values()]
 
 
@@ -99,6 +107,11 @@ def _whole(
     full: bool,
 ) -> Problem:
     inter = theta_weight.shape[0]
+    if inter == 0:
+        raise ValueError(
+            f"attn_gate: the Triton kernels take theta_weight [I, C, ...] with I of at least 1; got "
+            f"{list(theta_weight.shape)}: take another backend"
+        )
     x, g = _maps(x, x=(x, None), g=(g, None))
     ones = [1] * (x.ndim - 2)
     kernel = theta_weight.shape[2:]
