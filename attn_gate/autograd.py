@@ -28,7 +28,7 @@ def call(op: Operator, *args: Any) -> tuple[Tensor, ...]:
     """op's differentiable results, by the way in that suits where we are called from."""
     if torch._C._are_functorch_transforms_active():
         return op.forward(*args)[: op.outputs] if _only_vmap() else op.twin(*args)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return op.forward(*args)[: op.outputs]
     if forward_ad._current_level >= 0:
         return op.twin(*args)

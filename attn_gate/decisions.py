@@ -86,6 +86,16 @@ def has_hooks(layer: nn.Module) -> bool:
     )
 
 
+def is_watched(layer: nn.Module) -> bool:
+    """Whether this layer has to be called: somebody waits for that, or its forward isn't its class's."""
+    own = layer.__dict__  # where tools like LoRA's put a forward of theirs
+    if "forward" in own or "_conv_forward" in own or has_hooks(layer):
+        return True
+    if torch.compiler.is_compiling():  # which guards what is asked so, and not what a dictionary lacks
+        return getattr(layer.forward, "__func__", None) is not type(layer).forward
+    return listened_globally()
+
+
 def listened_globally() -> bool:
     """Whether anybody waits for layers of any kind to be called."""
     return bool(
@@ -106,7 +116,7 @@ def _call(x: Any, g: Any, options: tuple) -> tuple | None:
 
 def _states(layers: Iterable[tuple[str, nn.Module | None]]) -> list | None:
     """What decisions depend on in these layers; None where that may change without a trace here."""
-    states = [listened_globally()]
+    states: list[Any] = []
     for name, layer in layers:
         states += (name, type(layer))
         if layer is None:
@@ -114,7 +124,7 @@ def _states(layers: Iterable[tuple[str, nn.Module | None]]) -> list | None:
         if isinstance(layer, nn.SyncBatchNorm):
             return None  # its process group may come and go
         # A frozen ScriptModule has no mode.
-        states += (getattr(layer, "training", None), has_hooks(layer))
+        states += (getattr(layer, "training", None), is_watched(layer))
         if "weight" in layer._parameters and (weight := layer._parameters["weight"]) is not None:
             states += (type(weight), weight.dtype, weight.device, weight.shape)
         states += (name in layer._buffers and layer._buffers[name] is None for name in _STATISTICS)

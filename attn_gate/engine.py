@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_gate import checks, eager, functional, matrix_units, operators, pointwise, reference, training
-from attn_gate.decisions import has_hooks
+from attn_gate.decisions import is_watched
 from attn_gate.eager import Parts
 from attn_gate.folding import FoldCache, fold, fold_layer, is_foldable
 from attn_gate.spec import Fusion, GateSpec
@@ -106,7 +106,7 @@ def run(
 def _transform(spec: GateSpec, parts: Parts, y: Tensor) -> Tensor:
     """The output transform, a batch norm that is an affine map folded into its convolution: one pass less."""
     W = parts.W
-    if type(W) is not nn.Sequential or len(W) != 2 or has_hooks(W):
+    if type(W) is not nn.Sequential or len(W) != 2 or is_watched(W):
         return eager.transform(parts, y, pointwise.call)
     conv, norm = W
     if not _is_plain(spec, conv) or not is_foldable(norm):
@@ -179,4 +179,4 @@ def _weigh(spec: GateSpec, x: Tensor, alpha: Tensor, backend: str) -> Tensor:
 def _is_plain(spec: GateSpec, layer: nn.Module) -> bool:
     """Whether the fused operators may use the parameters of this layer in place of calling it."""
     # The exact class: a parametrised, quantised or otherwise wrapped convolution is a subclass.
-    return type(layer) is CONVOLUTIONS[spec.spatial_dims] and not has_hooks(layer)
+    return type(layer) is CONVOLUTIONS[spec.spatial_dims] and not is_watched(layer)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from attn_gate.decisions import has_hooks, is_traced
+from attn_gate.decisions import is_traced, is_watched
 from attn_gate.eager import Parts
 from attn_gate.norms import FOLDABLE
 
@@ -80,7 +80,7 @@ def is_foldable(norm: nn.Module | None) -> bool:
         and not norm.training
         and norm.running_mean is not None
         and norm.running_var is not None
-        and not has_hooks(norm)
+        and not is_watched(norm)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -189,7 +190,7 @@ class AttentionGate(nn.Module):
 
     def _plan(self, x: Tensor, g: Tensor) -> str:
         self._check(x, g)
-        if self.backend == "eager":
+        if self.backend == "eager" or _is_distributed(x):
             return "eager"
         return engine.decide(self.spec, self, x, g, self.recompute)
 
@@ -234,6 +235,12 @@ class AttentionGate(nn.Module):
                 f"alpha_resize='none' needs alpha on x's grid {x_size}; got {theta_size}. "
                 "Make the gate with alpha_resize='linear', 'nearest' or 'align_corners'"
             )
+
+
+def _is_distributed(t: Tensor) -> bool:
+    """Whether it is a DTensor, whose layers know how to share it out, which the operators don't."""
+    module = None if type(t) is Tensor else sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def checked_channels(name: str, value: Any) -> int:

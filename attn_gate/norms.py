@@ -22,7 +22,8 @@ class BiasedBatchNorm(_BatchNorm):
             raise ValueError(f"expected input [N, C, *S]; got {input.ndim} dimensions")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.running_var is None or input.numel() == 0:
+        keeps = self.training and self.track_running_stats and self.running_var is not None
+        if not keeps or input.numel() == 0:
             return super().forward(input)  # no variance to keep, or none at all
         self.num_batches_tracked.add_(1)
         momentum = self.momentum

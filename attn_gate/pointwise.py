@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_gate import _library, reference
-from attn_gate.decisions import has_hooks, listened_globally
+from attn_gate.decisions import is_watched
 
 _HAS_MKL: bool = torch.backends.mkl.is_available()
 _IS_AMD: bool = _library.ops.cpu_is_amd()
@@ -25,7 +25,7 @@ def may_serve(layer: nn.Module) -> bool:
     """
     if not _HAS_MKL or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or _is_watched(layer):
+    if type(layer) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or is_watched(layer):
         return False
     ones, zeros = (1,) * len(layer.kernel_size), (0,) * len(layer.kernel_size)
     return (
@@ -72,15 +72,11 @@ def convolve(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -
 
 def call(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x); a plain nn.Sequential layer by layer."""
-    if type(layer) is nn.Sequential and not (torch.compiler.is_compiling() or _is_watched(layer)):
+    if type(layer) is nn.Sequential and not (torch.compiler.is_compiling() or is_watched(layer)):
         for part in layer:
             x = call(part, x)
         return x
     return _product(x, layer.weight, layer.bias) if serves(layer, x) else layer(x)
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    return has_hooks(layer) or listened_globally()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from attn_gate import backends, eager, functional, matrix_units, pointwise
 from attn_gate._library import ops
 from attn_gate.autograd import below_autograd
-from attn_gate.decisions import has_hooks
+from attn_gate.decisions import is_traced, is_watched
 from attn_gate.eager import Parts
 from attn_gate.folding import fold, is_foldable, summed
 from attn_gate.norms import FOLDABLE, BiasedBatchNorm
@@ -47,7 +47,7 @@ _TENSORS = 6  # of a layer: see _tensors
 
 def takes(norm: nn.Module | None) -> bool:
     """Whether this is a batch norm on the statistics of this batch alone, and nobody listens."""
-    if type(norm) not in FOLDABLE or has_hooks(norm):
+    if type(norm) not in FOLDABLE or is_watched(norm):
         return False
     if not norm.training and (norm.running_mean is not None or norm.running_var is not None):
         return False
@@ -124,7 +124,7 @@ def left_alone(parts: Parts, x: Tensor, recompute: str | bool = "auto", products
     if recompute != "auto" or x.device.type != "cpu":
         return False
     norms = [n for n in (parts.theta_norm, parts.phi_norm) if n is not None and not is_foldable(n)]
-    if not norms or any(map(has_hooks, norms)):
+    if not norms or any(map(is_watched, norms)):
         return False
     if batch := any(map(takes, norms)):
         if pays(x, parts):
@@ -157,11 +157,17 @@ def run(spec: GateSpec, parts: Parts, x: Tensor, g: Tensor, *, backend: str) -> 
     more than one voxel on each grid. psi's norm may be any.
     """
     x, g = functional.cast(x, g)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device):
         gate, tensors = _Gate.of(spec, parts, backend), _tensors(parts)
         if not gate.by_function(parts, (x, g, *tensors)):
             return gate.composed(x, g, tensors, parts)
         return _Function.apply(gate, parts, x, g, *tensors)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """The meta device has none."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _tensors(parts: Parts) -> list[Tensor | None]:
@@ -212,9 +218,7 @@ class _Gate:
             "other" not in self.norms
             and torch.is_grad_enabled()
             and any(t is not None and t.requires_grad for t in tensors)
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
+            and not is_traced()
             and backends.choose(self.backend, tensors[0]) == "cpu"
         )
 
@@ -414,7 +418,7 @@ class _Function(torch.autograd.Function):
         gate, (need_x, need_g, *needs) = ctx.gate, ctx.needs_input_grad[2:]
         x, g, logits, *saved = ctx.saved_tensors
         found, tensors = (saved[:3], saved[3:6]), saved[6:]
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             if dy is None and dalpha is None:
                 return (None,) * (len(needs) + 4)
             if torch.is_grad_enabled():

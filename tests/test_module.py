@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attn_gate import eager, functional, matrix_units
 from attn_gate.module import AttentionGate
@@ -405,6 +406,41 @@ def test_hooks_are_called(calls, layer, plan):
     assert gate.fusion().plan == "whole"
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layer", ["theta", "phi", "psi", "theta_norm", "psi_norm", "W.0", "W.1"])
+def test_a_forward_in_place_of_the_class_s_is_called(layer, training, compiled):
+    """As tools for LoRA or for sharing a model out put it, before the first call and later."""
+    preset = "keras" if layer.startswith("W") else "same_grid"
+    gate = seasoned(AttentionGate(6, 8, 4, preset=preset, recompute=True)).double().train(training)
+    x, g = (
+        torch.randn(2, 6, 8, 8).double(),
+        torch.randn(2, 8, *[8 if preset == "same_grid" else 4] * 2).double(),
+    )
+    twin = copy.deepcopy(gate)
+    twin.backend = "eager"
+    run = torch.compile(gate, backend="aot_eager") if compiled else gate
+    for factor in (None, 3, 5):
+        for net in (gate, twin):
+            part = net.get_submodule(layer)
+            if factor is not None:
+                part.forward = lambda t, part=part, factor=factor: factor * type(part).forward(part, t)
+        torch.testing.assert_close(run(x, g, True), twin(x, g, True), rtol=1e-10, atol=1e-10)
+
+
+def test_hooks_on_all_modules_are_called():
+    gate, x, g = same_grid_case()
+    gate.eval()(x, g)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        gate(x, g)
+    finally:
+        handle.remove()
+    assert {gate.theta, gate.phi, gate.psi, gate.theta_norm, gate.phi_norm, gate.psi_norm} <= set(seen)
+    assert gate.fusion().plan == "whole"
+
+
 def test_parametrised_layers_run_as_modules():
     gate, x, g = same_grid_case()
     gate.eval()
@@ -585,6 +621,56 @@ def test_compiles_without_a_graph_break(training):
     gate.train(training)
     expected = copy.deepcopy(gate)(x, g, True)
     torch.testing.assert_close(torch.compile(gate, backend="aot_eager", fullgraph=True)(x, g, True), expected)
+
+
+@pytest.mark.parametrize("recompute", ["auto", True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("preset", ["paper", "same_grid", "keras"])
+def test_shapes_alone(preset, training, recompute):
+    """In modes that know no values: fake tensors, and those of the meta device."""
+    gate = AttentionGate(16, 16, 8, preset=preset, recompute=recompute).train(training)
+    size = 256 if preset == "same_grid" else 128
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, g = torch.randn(2, 16, 256, 256, requires_grad=True), torch.randn(2, 16, size, size)
+        y = gate(x, g)
+        assert y.shape == x.shape
+    x, g = torch.empty(x.shape, device="meta", requires_grad=True), torch.empty(g.shape, device="meta")
+    y = gate.to("meta")(x, g)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape and gate.theta.weight.grad.device.type == "meta"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("preset", ["paper", "same_grid", "keras"])
+def test_traced_with_gradients_and_saved(preset, training):
+    gate = AttentionGate(6, 8, 4, preset=preset, recompute=True).train(training)
+    x, g = torch.randn(2, 6, 8, 8), torch.randn(2, 8, *[8 if preset == "same_grid" else 4] * 2)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(gate, (x, g), check_trace=not training), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x, g), copy.deepcopy(gate)(x, g))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_distributed_tensors(training, tmp_path):
+    distributed = pytest.importorskip("torch.distributed")
+    from torch.distributed import tensor
+
+    gate = AttentionGate(6, 8, 4, preset="same_grid", recompute=True).train(training)
+    x, g = torch.randn(2, 6, 8, 8), torch.randn(2, 8, 8, 8)
+    expected = copy.deepcopy(gate)(x, g)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        tensor.distribute_module(gate, mesh)
+        x, g = (tensor.distribute_tensor(t, mesh, [tensor.Replicate()]) for t in (x, g))
+        y = gate(x.requires_grad_(), g)
+        y.sum().backward()
+        torch.testing.assert_close(y.full_tensor(), expected)
+        assert x.grad is not None
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("preset", ["paper", "same_grid"])

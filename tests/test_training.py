@@ -423,6 +423,14 @@ def test_biased_norm_without_momentum_averages_over_all_batches():
         torch.testing.assert_close(kept, torch.stack(of_all).mean(0))
 
 
+def test_biased_norm_may_cease_to_track():
+    norm = BiasedBatchNorm(3)
+    norm.track_running_stats = False
+    x = torch.randn(2, 3, 4, 5)
+    torch.testing.assert_close(norm(x), nn.BatchNorm2d(3)(x))
+    assert norm.running_mean.count_nonzero() == 0 and norm.num_batches_tracked == 0
+
+
 def test_biased_norm_is_what_it_says():
     gate, x, g = make({"preset": "same_grid", "norm_biased_variance": True}, (2, 3, 4, 5), (2, 3, 4, 5))
     gate.theta_norm = norm = BiasedBatchNorm(5, momentum=1.0)
