@@ -20,8 +20,13 @@ LEAST = 0.05
 WRONG = 0.05
 # Facts of machines between which times may differ for reasons that aren't attn_gate's.
 FACTS = ("processor", "gpu", "cores", "threads", "instructions", "torch", "pinning")
+# How much medians usually change between two runs of one program beyond their intervals, attn_gate's and
+# others': as in quick runs on a shared virtual machine. It counts as much as so many of the rows at hand.
+USUAL, OTHERS_USUAL, USUAL_ROWS = 0.05, 0.2, 4
 _NORMAL_95 = 1.96  # half of a normal distribution's 95 %, in its standard deviations
-_MAD = 1.4826  # its standard deviation, in median absolute deviations
+# Of Student's t with four degrees of freedom, in its scale: half of its 95 %, the scale in median absolute
+# deviations, and the error of a median of n, times the root of n.
+_T_95, _MAD, _MEDIAN = 2.776, 1.35, 4 / 3
 _ORDER = ("slower", "faster", "unclear", "same")
 _STYLES = {"slower": "bold red", "faster": "green", "same": "dim", "unclear": "yellow"}
 
@@ -30,25 +35,38 @@ def compare(new: Results, old: Results) -> dict[str, Any]:
     """Verdicts on attn_gate's rows that both runs have, of configs that were the same in both.
 
     The machine may be in another mood than then. What isn't attn_gate's ran in both as well: the median
-    change of those is the machine's, and their spread is how well that is known. A row's own uncertainty is
-    that of both medians (95 %). A row is "faster" or "slower" if its change, the machine's taken off, is more
-    than LEAST and more than chance makes of the uncertainties together in any of all the rows (Holm's method,
-    but for WRONG of all comparisons); "same" if change and uncertainties together are within twice LEAST;
-    else, and with too few samples on either side for an interval, "unclear": repeat on a quieter machine.
+    change of those is the machine's, and is taken off; their scatter over the root of their number is how
+    well that is known. The memory limit isn't among them: its copies of a millisecond say little.
+
+    A row's error is made of that, of both medians' intervals, and of how much more attn_gate's own changes
+    scatter about their median than those intervals say. A slowdown of all doesn't add to that, nor does one
+    of a single row. Now and then a row is off by a third in one run, for its memory, so errors are taken to
+    have the long tails of Student's t with four degrees of freedom.
+
+    If the median of attn_gate's changes is beyond chance, its rows have changed together: each has whose
+    change is nearer to that median than to none. A row has as well if its own change is more than chance
+    makes in any of all the rows (Holm's method). Each of the two may be wrong in WRONG / 2 of comparisons of
+    a program with itself. A row that has changed by more than LEAST is "faster" or "slower". It is "same" if
+    change and noise (95 % of its error) are within twice LEAST together; else, and with too few samples on
+    either side for an interval, "unclear": repeat on a quieter machine.
     """
     changed = [n for n, config in new.configs.items() if n in old.configs and old.configs[n] != config]
     pairs = [(row, _match(row, old)) for row in new.rows if row.times_ms and row.config not in changed]
     pairs = [(row, before) for row, before in pairs if before is not None]
-    others = [math.log(r.median_ms / b.median_ms) for r, b in pairs if not r.is_ours]
+    others = [_change(r, b) for r, b in pairs if not r.is_ours and r.provider != "limit"]
     drift = statistics.median(others) if others else 0.0
-    # Half of what 95 % of the others around the drift would take.
-    deviations = [abs(other - drift) for other in others]
-    spread = _NORMAL_95 * _MAD * statistics.median(deviations) if others else 0.0
+    drift_error = _MEDIAN * _scatter(others, OTHERS_USUAL) / math.sqrt(len(others)) if others else 0.0
     ours = [(row, before) for row, before in pairs if row.is_ours]
-    changes = [math.log(row.median_ms / before.median_ms) - drift for row, before in ours]
-    noises = [math.hypot(_uncertainty(row), _uncertainty(before), spread) for row, before in ours]
     few = [row.summary.few or before.summary.few for row, before in ours]
-    real = _beyond_chance(changes, noises, few)
+    changes = [_change(row, before) - drift for row, before in ours]
+    own = [math.hypot(_error(row), _error(before)) for row, before in ours]
+    tested = [i for i in range(len(ours)) if not few[i]]
+    own_tested = statistics.median(own[i] for i in tested) if tested else 0.0
+    scatter = _scatter([changes[i] for i in tested], USUAL, own_tested)
+    own = [math.hypot(error, scatter) for error in own]
+    errors = [math.hypot(error, drift_error) for error in own]
+    real = _changed_together(changes, own, drift_error, tested) | _changed_alone(changes, errors, tested)
+    noises = [_T_95 * error for error in errors]
     rows = [
         {
             **dict(zip(("config", "dtype", "threads", "mode", "provider"), row.key, strict=True)),
@@ -56,7 +74,7 @@ def compare(new: Results, old: Results) -> dict[str, Any]:
             "now_ms": row.median_ms,
             "change": math.expm1(changes[i]),
             "noise": math.expm1(noises[i]),
-            "verdict": "unclear" if few[i] else _verdict(changes[i], noises[i], real[i]),
+            "verdict": "unclear" if few[i] else _verdict(changes[i], noises[i], i in real),
         }
         for i, (row, before) in enumerate(ours)
     ]
@@ -97,6 +115,27 @@ def cautions(compared: dict[str, Any] | None) -> str:
     return "; ".join(parts)
 
 
+def machines_change(compared: dict[str, Any]) -> str:
+    """How much the machine itself has changed, in a line, or that nothing tells."""
+    if not compared["others"]:
+        return (
+            "how much the machine itself has changed is not known, and is in the changes below: the runs "
+            "have no row in common that isn't attn_gate's or the memory limit's"
+        )
+    return (
+        f"what isn't attn_gate's takes {compared['drift']:+.0%} time "
+        f"({compared['others']} rows, median): the machine, taken off below"
+    )
+
+
+def together(compared: dict[str, Any]) -> str:
+    """Why rows have a verdict though their change is within their noise, in a line; empty if none has."""
+    within = [row for row in compared["rows"] if abs(row["change"]) <= row["noise"]]
+    if not any(row["verdict"] in ("slower", "faster") for row in within):
+        return ""
+    return "attn_gate's rows have changed together: that is beyond chance where a row's own change isn't"
+
+
 def title(row: dict[str, Any], threads: int) -> str:
     """What a row of a comparison is about; without what goes without saying in a run on so many threads."""
     parts = [row["config"], row["mode"]]
@@ -121,12 +160,7 @@ def tables(compared: dict[str, Any] | None) -> Iterator[Table | Text]:
     if not compared["rows"]:
         yield Text("the runs have no row of attn_gate in common", style="yellow")
         return
-    if compared["others"]:
-        yield Text(
-            f"what isn't attn_gate's takes {compared['drift']:+.0%} time "
-            f"({compared['others']} rows, median): the machine, taken off below",
-            style="dim",
-        )
+    yield Text(machines_change(compared), style="dim" if compared["others"] else "yellow")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "before, ms", "now, ms", "change of time", "noise", "verdict"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
@@ -136,29 +170,65 @@ def tables(compared: dict[str, Any] | None) -> Iterator[Table | Text]:
         verdict = Text(row["verdict"], style=_STYLES[row["verdict"]])
         table.add_row(name, f"{row['before_ms']:.2f}", f"{row['now_ms']:.2f}", change, noise, verdict)
     yield table
+    if remark := together(compared):
+        yield Text(remark, style="dim")
 
 
 def _match(row: Row, old: Results) -> Row | None:
     return old.find(row.config, row.mode, row.provider, dtype=row.dtype, threads=row.threads)
 
 
-def _uncertainty(row: Row) -> float:
-    """Half of the median's interval, as a logarithm."""
-    return math.log(row.summary.high / row.summary.low) / 2
+def _change(row: Row, before: Row) -> float:
+    """Of the medians, as a logarithm."""
+    return math.log(row.median_ms / before.median_ms)
 
 
-def _beyond_chance(changes: list[float], noises: list[float], few: list[bool]) -> list[bool]:
-    """Which changes aren't chance's, but for WRONG of all comparisons: Holm's method on normal p-values."""
-    chances = [
-        math.erfc(abs(change) / max(noise, 1e-12) * _NORMAL_95 / math.sqrt(2))
-        for change, noise in zip(changes, noises, strict=True)
-    ]
-    tested = sorted((i for i in range(len(chances)) if not few[i]), key=lambda i: chances[i])
-    real = [False] * len(chances)
-    for rank, i in enumerate(tested):
-        if chances[i] > WRONG / (len(tested) - rank):
+def _error(row: Row) -> float:
+    """Of the median, from its interval, as a logarithm."""
+    return math.log(row.summary.high / row.summary.low) / 2 / _NORMAL_95
+
+
+def _scatter(changes: list[float], usual: float, own: float = 0.0) -> float:
+    """How far changes scatter about their median beyond their own error, whatever the farthest half does.
+
+    The fewer there are, the more counts what is usual.
+    """
+    if not changes:
+        return usual
+    middle = statistics.median(changes)
+    scale = _MAD * statistics.median(abs(change - middle) for change in changes)
+    beyond = max(scale**2 - own**2, 0.0)
+    known = len(changes) - 1  # one alone tells nothing
+    return math.sqrt((USUAL_ROWS * usual**2 + known * beyond) / (USUAL_ROWS + known))
+
+
+def _chance(change: float, error: float) -> float:
+    """That an error alone is as far from none: both tails of Student's t with four degrees of freedom."""
+    x = abs(change) / math.hypot(change, 2 * error) if change else 0.0
+    return 1 - x * (3 - x * x) / 2
+
+
+def _changed_together(
+    changes: list[float], own: list[float], drift_error: float, tested: list[int]
+) -> set[int]:
+    """Rows that are nearer to the median change than to none, if that isn't chance's."""
+    if not tested:
+        return set()
+    common = statistics.median(changes[i] for i in tested)
+    error = _MEDIAN * statistics.median(own[i] for i in tested) / math.sqrt(len(tested))
+    if _chance(common, math.hypot(error, drift_error)) > WRONG / 2:
+        return set()
+    return {i for i in tested if abs(changes[i] - common) < abs(changes[i])}
+
+
+def _changed_alone(changes: list[float], errors: list[float], tested: list[int]) -> set[int]:
+    """Rows whose own change isn't chance's: Holm's method."""
+    chances = {i: _chance(changes[i], errors[i]) for i in tested}
+    real: set[int] = set()
+    for i in sorted(tested, key=chances.__getitem__):
+        if chances[i] > WRONG / 2 / (len(tested) - len(real)):
             break
-        real[i] = True
+        real.add(i)
     return real
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from . import modelled, traffic
 from .providers import PROVIDERS
 from .registry import Config
 from .results import Results, Row
-from .tables import three_digits
+from .tables import is_earlier, three_digits
 
 WIDTH = 4.3
 _ROW = 0.27  # inches of one config
@@ -126,7 +126,7 @@ def roofline(results: Results, theme: Theme) -> Figure | None:
         is_shown = row.provider in ("attn_gate", "eager") and row.mode in ("inference", "step")
         if not row.times_ms or row.dtype != "float32" or not isinstance(config, Config) or not is_shown:
             continue  # the roof is float32's
-        if config.kind != "gate" or row.threads != results.machine["threads"]:
+        if config.kind != "gate" or row.threads != results.machine["threads"] or is_earlier(results, row):
             continue
         flops = traffic.needed_flops(config, row.mode)
         points.append((row.provider, flops / row.needed_bytes, flops / row.median_ms / 1e6))
@@ -190,33 +190,70 @@ def scaling(results: Results, theme: Theme, family: str, mode: str) -> Figure | 
 
 
 def thread_scaling(results: Results, theme: Theme) -> Figure | None:
-    """How many times faster than on one thread."""
-    lines: dict[tuple[str, str, str], dict[int, float]] = {}
+    """How many times faster than on one thread, over the number of threads: a small panel for each case."""
+    times: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for row in results.rows:
         if row.times_ms and row.dtype == results.dtype and row.provider in ("attn_gate", "eager"):
-            lines.setdefault((row.config, row.mode, row.provider), {})[row.threads] = row.median_ms
-    lines = {
-        key: dict(sorted(times.items())) for key, times in lines.items() if 1 in times and len(times) > 1
-    }
-    if not lines:
+            lines = times.setdefault((row.config, row.mode), {})
+            lines.setdefault(row.provider, {})[row.threads] = row.median_ms
+    speeds: dict[str, dict[str, dict[int, float]]] = {}
+    for case, lines in times.items():
+        for provider, its in lines.items():
+            if 1 in its and len(its) > 1:
+                curve = {count: its[1] / its[count] for count in sorted(its)}
+                speeds.setdefault(", ".join(case), {})[provider] = curve
+    if not speeds:
         return None
-    names = list(dict.fromkeys(f"{config}, {mode}" for config, mode, _ in lines))
-    most = max(max(times) for times in lines.values())
-    title = f"Speed on {most} threads, one thread = 1"
-    figure, axes = _rows_panel(names, title)
-    for (config, mode, provider), times in lines.items():
-        place = names.index(f"{config}, {mode}") + (0.19 if provider == "eager" else -0.19)
-        value = times[1] / times[max(times)]
-        axes.barh(place, value, height=0.36, color=colour(provider, theme))
-        # Inside the bar: beside it the line would strike it through.
-        axes.text(
-            value - 0.02 * most, place, f"{value:.2f}", size=7, va="center", ha="right", color=theme.page
-        )
-    axes.axvline(most, color=theme.floor, lw=1.2, ls="--")
-    axes.set_xlim(0, most * 1.15)
-    handles = [Patch(color=theme.eager, label="eager"), Patch(color=theme.fused, label="attn_gate")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    curves = [curve for lines in speeds.values() for curve in lines.values()]
+    counts = sorted({count for curve in curves for count in curve})
+    rows = math.ceil(len(speeds) / 2)
+    figure = Figure(figsize=(WIDTH, 1.1 + 1.6 * rows), layout="constrained")
+    _title(figure, "Speed over threads, one thread = 1")
+    panels = list(figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flat)
+    for axes, (case, lines) in zip(panels, speeds.items(), strict=False):
+        axes.set_title(case, loc="left", size=8.5, weight="normal", pad=4)
+        axes.plot(counts, counts, color=theme.floor, lw=0.9)
+        for provider, curve in sorted(lines.items(), reverse=True):  # ours on top
+            axes.plot(list(curve), list(curve.values()), "-o", ms=3.5, lw=1.6, color=colour(provider, theme))
+        _label_ends(axes, lines, theme)
+    for axes in panels[len(speeds) :]:
+        axes.set_axis_off()
+    for axes in panels[: len(speeds)][-2:]:  # each the lowest of its column
+        axes.set_xlabel("threads")
+        axes.tick_params(labelbottom=True)
+    least = min(1, *(speed for curve in curves for speed in curve.values()))
+    most = max(counts[-1], *(speed for curve in curves for speed in curve.values()))
+    axes = panels[0]  # the others share its scales
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(0.93, counts[-1] ** 1.3)  # room for the numbers at the ends
+    axes.set_ylim(least / 1.06, most * 1.06)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    ticks = [2.0**power for power in range(-3, 10)] + ([0.7, 1.5] if most < 4 else [])
+    ticks = [tick for tick in ticks if least <= tick <= most]
+    axes.set_yticks(ticks, [f"{t:g}×" for t in ticks])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    handles = [
+        Line2D([], [], color=theme.eager, lw=1.6, marker="o", ms=3.5, label="eager"),
+        Line2D([], [], color=theme.fused, lw=1.6, marker="o", ms=3.5, label="attn_gate"),
+        Line2D([], [], color=theme.floor, lw=0.9, label="ideal"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, columnspacing=1.2, fontsize=8)
     return figure
+
+
+def _label_ends(axes: Axes, lines: Mapping[str, Mapping[int, float]], theme: Theme) -> None:
+    """The speed on most threads, right of each line's end; that of two ends which are close by, apart."""
+    ends = {provider: max(curve.items()) for provider, curve in lines.items()}
+    order = sorted(ends, key=ends.get)
+    for provider, end in ends.items():
+        # A line that ends before the other has its number below: the other goes on upwards.
+        lift = 0 if len(order) < 2 else 4.5 if provider == order[-1] else -4.5
+        axes.annotate(
+            f"{end[1]:.2f}×", end, (6, lift), size=7, va="center", textcoords="offset points",
+            color=colour(provider, theme),
+        )  # fmt: skip
 
 
 def modelled_speedups(results: Results, theme: Theme, mode: str) -> Figure | None:
@@ -267,7 +304,7 @@ FIGURES: dict[str, tuple[Draw, str]] = {
                                    "Inference time over the number of channels"),
     "scaling_channels_step": (lambda r, t: scaling(r, t, "channels", "step"),
                               "Step time over the number of channels"),
-    "scaling_threads": (thread_scaling, "Bars: speed on all threads against one"),
+    "scaling_threads": (thread_scaling, "Speed against one thread over the number of threads"),
     "modelled_inference": (lambda r, t: modelled_speedups(r, t, "inference"),
                            "Bars: modelled, not measured, inference speed on three GPUs"),
     "modelled_step": (lambda r, t: modelled_speedups(r, t, "step"),

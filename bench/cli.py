@@ -23,13 +23,14 @@ T = TypeVar("T")
 
 LOG_WIDTH = 200  # room for the widest table, all providers in it
 _THREADS_A_CORE = 16
+_MEMORY = 2**30
 # Facts of the machine that rows of one file have in common.
 _TO_ADD = ("device", "processor", "gpu", "cores", "torch", "attn_gate")
 
 DESCRIPTION = """\
 Measure the time and the memory of attention gates and of whole networks: attn_gate against the same in eager
 PyTorch, torch.compile, ONNX Runtime and OpenVINO (where they are installed), and against the memory traffic
-that no gate can avoid. The first run on a machine takes up to 7 minutes longer than later ones, which find
+that no gate can avoid. The first run on a machine takes up to 10 minutes longer than later ones, which find
 torch.compile's compilations in its cache.
 
 All take turns in one process, on the same numbers, with as many threads as PyTorch uses (OMP_NUM_THREADS sets
@@ -40,7 +41,7 @@ in docs/benchmark.md), report.html with plots, and table.md.
 EPILOG = """\
 examples:
   python -m attn_gate bench --quick                               a first look, within a minute
-  python -m attn_gate bench                                       everything: 8 to 18 minutes on two cores
+  python -m attn_gate bench                                       everything: 8 to 15 minutes on two cores
   python -m attn_gate bench --config lee,monai-96 --mode step     one family and one more gate, training only
   python -m attn_gate bench --config net                          whole networks
   python -m attn_gate bench --provider attn_gate,eager --dtype bfloat16
@@ -48,7 +49,8 @@ examples:
   python -m attn_gate bench --out new --baseline old
 
 exit code: 0 all measured; 1 something was wrong or failed (but for what eager PyTorch has wrong in channels
-last too), or slower than the baseline; 2 wrong arguments; 130 Ctrl-C (what was measured is kept)
+last too), or slower than the baseline, or nothing could be measured; 2 wrong arguments; 130 Ctrl-C (what was
+measured is kept)
 """
 
 
@@ -70,12 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", type=_device, metavar="NAME", default="cpu", help="cpu (the default) or cuda")
     add("--threads", type=_counts, metavar="COUNTS", help="such as 1,2,4 (default: as many as PyTorch uses)")
     add(
-        "--memory", type=_bytes, metavar="SIZE", default=2**30,
-        help="the memory that the largest batch has to fit in, such as 512M (default: 1G)",
+        "--memory", type=_bytes, metavar="SIZE",
+        help="the memory that the largest batch has to fit in, such as 512M (1G; not with --quick)",
     )  # fmt: skip
     add(
         "--out", type=Path, metavar="DIR", default=Path("report/bench"),
-        help="(default: %(default)s); its results.json of a run before becomes results.previous.json",
+        help="(default: %(default)s); its results.json of a run before stays, under the name of its date",
     )  # fmt: skip
     add("--add", action="store_true", help="keep the rows that DIR has; those measured again are replaced")
     add(
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     results = Results(
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         machine={},
-        settings={"quick": args.quick, "memory": args.memory, "command": sys.argv[1:]},
+        settings={"quick": args.quick, "memory": args.memory or _MEMORY, "command": sys.argv[1:]},
     )
     try:
         where = device.make(args.device)
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         load = f"load {results.machine['load']:.1f}"
         console.print(f"others are using this machine ({load}): times won't mean much", style="yellow")
     try:
-        with Run(results, where, args.memory, args.out, console) as running:
+        with Run(results, where, args.memory or _MEMORY, args.out, console) as running:
             running.measure(jobs)
     finally:  # after an error too: what was measured until then
         if args.baseline is not None:
@@ -117,6 +119,9 @@ def run(args: argparse.Namespace) -> int:
     if results.interrupted:
         console.print("interrupted: this is what was measured until then", style="yellow")
         return 130
+    if not any(row.times_ms and row.measured >= results.started for row in results.rows):
+        console.print("nothing could be measured", style="yellow")
+        return 1
     return int(bool(results.failures) or baseline.is_slower(results.compared))
 
 
@@ -126,6 +131,8 @@ def _jobs(args: argparse.Namespace) -> list[plan.Job]:
     Raises:
         ValueError: there is nothing of it to measure.
     """
+    if args.quick and args.memory is not None:
+        raise ValueError("--memory: a quick run looks for no largest batch; leave --quick or --memory out")
     groups = plan.quick() if args.quick else plan.full()
     wanted = plan.Wanted(args.config, args.provider, args.mode, args.dtype, args.threads)
     jobs = list(plan.jobs(groups, wanted, args.device))
@@ -157,7 +164,11 @@ def _add_to_or_set_aside(results: Results, args: argparse.Namespace) -> None:
 
 
 def _write_and_show(results: Results, folder: Path, console: Console) -> None:
-    paths = outputs.write_all(results, folder)
+    try:
+        paths = outputs.write_all(results, folder)
+    except KeyboardInterrupt:
+        console.print(f"no report: interrupted; {folder / 'results.json'} has all", style="yellow")
+        raise
     for part in tables.rich_tables(results):
         console.print(part)
     for part in baseline.tables(results.compared):
@@ -195,9 +206,10 @@ def _counts(text: str) -> list[int]:
 
 def _bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([MG])(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not found or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"must be a size such as 512M or 1.5G; got {text!r}")
-    return int(float(found[1]) * {"M": 2**20, "G": 2**30}[found[2].upper()])
+    size = int(float(found[1]) * {"M": 2**20, "G": 2**30}[found[2].upper()]) if found else 0
+    if size < 2**20:
+        raise argparse.ArgumentTypeError(f"must be a size of 1M at least, such as 512M or 1.5G; got {text!r}")
+    return size
 
 
 def _results(text: str) -> Results:

@@ -8,8 +8,9 @@ from .gains import gain
 from .providers import PROVIDERS, PYTORCH
 from .registry import AnyConfig
 from .results import Results
-from .tables import LEFT, MARKS, NOISY, marks, milliseconds, threads_text, three_digits
+from .tables import MARKS, NOISY, WRONG, milliseconds, threads_text, three_digits
 
+_NOT_MEASURED = "–"
 _OTHERS = ("eager", "eager-channels-last", "compile", "onnxruntime", "openvino")
 
 
@@ -30,17 +31,20 @@ def table(results: Results, kinds: Sequence[str] = ("gate", "network")) -> str:
     for mode, names in others.items():
         heads += [f"{titles[mode]}: × {' / '.join(PROVIDERS[p].title for p in names)}"] if names else []
     heads.append("MiB kept for backward (eager)")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    rows = []
     for config in configs:
         cells = [f"{config.title} (`{config.name}`)", config.shape_text]
         cells += [_speeds(results, config.name, mode, names) for mode, names in others.items() if names]
         cells.append(_kept(results, config))
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    legend = _legend("".join(cell for cells in rows for cell in cells[2:]))  # what follows name and x
     gates = [c for c in configs if c.kind == "gate"]
     means = [_mean(results, gates, mode) for mode, names in others.items() if names]
     if any(means):
-        lines.append("| " + " | ".join(["geometric mean of the gates", "", *means, ""]) + " |")
-    return "\n".join(lines) + "\n" + _legend(results, configs)
+        rows.append(["geometric mean of the gates", "", *means, ""])
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    lines.insert(1, "|" + "---|" * len(heads))
+    return "\n".join(lines) + "\n" + legend
 
 
 def _what_is_unusual(results: Results) -> str:
@@ -51,24 +55,17 @@ def _what_is_unusual(results: Results) -> str:
 
 
 def _mean(results: Results, gates: Sequence[AnyConfig], mode: str) -> str:
-    eager, fastest = gain(results, gates, mode, ("eager",)), gain(results, gates, mode, PYTORCH)
-    parts = [f"{_factor(eager.mean)} (eager)"] if eager else []
-    parts += [f"{_factor(fastest.mean)} (the fastest of PyTorch's own)"] if fastest else []
+    parts = []
+    for name, over in (("eager", ("eager",)), ("the fastest of PyTorch's own", PYTORCH)):
+        if found := gain(results, gates, mode, over):
+            parts.append(f"{_factor(found.mean)} ({name}) {found.without}".rstrip())
     return ", ".join(parts)
 
 
-def _legend(results: Results, configs: Sequence[AnyConfig]) -> str:
-    """What the marks in the table mean; empty where there are none."""
-    used = ""
-    for config in configs:
-        for mode in ("inference", "step"):
-            ours = results.find(config.name, mode, "attn_gate")
-            others = (results.find(config.name, mode, name) for name in _OTHERS)
-            used += marks(ours) if ours else ""
-            used += NOISY if any(other and other.summary.noisy for other in others) else ""
-    said = [f"{mark}: {text}" for mark, text in MARKS.items() if mark in used]
-    if LEFT in used:
-        said[-1] += "; not in the means"
+def _legend(text: str) -> str:
+    """What the marks in the text mean; empty where there are none."""
+    meanings = {**MARKS, _NOT_MEASURED: "not measured"}
+    said = [f"{mark}: {meaning}" for mark, meaning in meanings.items() if mark in text]
     return f"\n{'; '.join(said)}.\n" if said else ""
 
 
@@ -80,16 +77,22 @@ def _speeds(results: Results, config: str, mode: str, others: Sequence[str]) -> 
     """How many times faster attn_gate is than each of these, and its time; marks as in the other tables."""
     ours = results.find(config, mode, "attn_gate")
     if ours is None:
-        return ""
+        return _without_time(results, config, mode, "attn_gate")
     speeds = []
     for name in others:
         other = results.find(config, mode, name)
         if other is None:
-            speeds.append("–")
+            speeds.append(_without_time(results, config, mode, name))
             continue
         speed = other.median_ms / ours.median_ms
         speeds.append((NOISY if other.summary.noisy else "") + _factor(speed))
     return f"{' / '.join(speeds)} ({milliseconds(ours)} ms)"
+
+
+def _without_time(results: Results, config: str, mode: str, provider: str) -> str:
+    key = (config, results.dtype, results.threads, mode, provider)
+    is_wrong = any(row.key == key and row.status == "wrong" for row in results.rows)
+    return WRONG if is_wrong else _NOT_MEASURED
 
 
 def _factor(value: float) -> str:

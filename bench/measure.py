@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from attn_gate.judge import float32_products
+
 from . import traffic
 from .device import Device
 from .memory import kept_bytes, runs_operators
@@ -111,7 +113,8 @@ def prepare(
     try:
         program = provider.make(case, training)
         if program.results is not None:
-            verdict = case.check(training, program.results())
+            with float32_products():
+                verdict = case.check(training, program.results())
             for row in rows:
                 row.worst, row.error, row.tolerance = verdict
             if not verdict.ok:

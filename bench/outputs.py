@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import datetime
+import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ def make_folder(folder: Path) -> None:
         ValueError: they can't.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -31,9 +32,14 @@ def make_folder(folder: Path) -> None:
 
 
 def set_aside(folder: Path) -> None:
-    """Keep the results of the run before, which this one would replace, as results.previous.json."""
-    with contextlib.suppress(FileNotFoundError):
-        (folder / "results.json").replace(folder / "results.previous.json")
+    """Keep a copy of the results of the run before, which this one will replace, named after their date.
+
+    A copy: where nothing gets measured, results.json stays too.
+    """
+    file = folder / "results.json"
+    if file.exists():
+        written = datetime.datetime.fromtimestamp(file.stat().st_mtime)
+        shutil.copy2(file, folder / f"results.{written:%Y-%m-%d-%H%M%S}.json")
 
 
 def write_all(results: Results, folder: Path) -> list[Path]:

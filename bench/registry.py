@@ -156,7 +156,7 @@ CONFIGS: dict[str, AnyConfig] = {
         *(Config(f"channels-{c}", "series in channels: 64², one grid, no norms", "same_grid", c, c, c // 2,
                  (64, 64), batch=1, kind="sweep") for c in _CHANNELS),
         NetworkConfig("net-monai", "MONAI's AttentionUnet", "monai", (48, 48, 48)),
-        NetworkConfig("net-lee", "LeeJunHyun's AttU_Net", "lee", (96, 96)),
+        NetworkConfig("net-lee", "LeeJunHyun's AttU_Net", "lee", (192, 192)),
         NetworkConfig("net-oktay", "the paper's network", "oktay", (48, 48, 32)),
     )
 }  # fmt: skip

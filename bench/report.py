@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -44,7 +44,7 @@ def html(results: Results, figures: Figures) -> str:
 the same program in every figure; thin lines across the ends of bars: 95 % intervals of the medians, of fewer
 than six samples their range. The fastest of PyTorch's own: eager, eager in channels last, torch.compile, of
 those that were measured and match. Means are of what attn_gate fuses: what it leaves to PyTorch's layers is
-not in them.</p>"""
+said beside them.</p>"""
     return page.document("attn_gate bench", sections, footer)
 
 
@@ -55,6 +55,8 @@ def _notes(results: Results) -> Iterator[str]:
     if facts["load"] > facts["cores"] / 2:
         yield f"""<b>A busy machine.</b> Others were using it when the run began (load {facts["load"]:.1f} on
         {facts["cores"]} cores): times don't mean much."""
+    if earlier := tables.earlier_note(results):
+        yield f"<b>Several runs.</b> {earlier}"
     if results.settings.get("quick"):
         yield "<b>A quick run</b> of few gates. The full one: <code>python -m attn_gate bench</code>."
 
@@ -65,8 +67,9 @@ def _headlines(results: Results) -> Iterator[tuple[str, str, str]]:
             configs = [config for config in results.configs.values() if config.kind == kind]
             for over, whose in ((("eager",), "eager's speed"), (PYTORCH, "the fastest of PyTorch's own")):
                 if found := gains.gain(results, configs, mode, over):
-                    spread = f"{found.least:.2f} to {found.most:.2f}, {found.count} of them"
-                    yield f"{name}, {title}", f"{found.mean:.2f}×", f"{whose}, geometric mean; {spread}"
+                    said = f"{whose}, geometric mean; {gains.span(found.fused)}, {len(found.fused)} of them"
+                    said += f", {found.without}" if found.left else ""
+                    yield f"{name}, {title}", f"{found.mean:.2f}×", said
     kept = [
         (results.find(name, "step", "eager"), results.find(name, "step", "attn_gate"))
         for name, config in results.configs.items()
@@ -100,8 +103,8 @@ def _kept_memory(results: Results) -> str:
     configs = [config for config in results.configs.values() if config.kind == "gate"]
     for mode, title in (("inference", "inference"), ("step", "a training step")):
         if found := gains.gain(results, configs, mode, ("attn_gate-unkept",)):
-            plural = "s" if found.count > 1 else ""
-            shares.append(f"{found.mean:.2f} times in {title} of {found.count} gate{plural}")
+            plural = "s" if len(found.fused) > 1 else ""
+            shares.append(f"{found.mean:.2f} times in {title} of {len(found.fused)} gate{plural}")
     if not shares:
         return ""
     return f""" Part of the speed is kept memory (<code>attn_gate.keep_memory</code>): {" and ".join(shares)},
@@ -118,7 +121,8 @@ def _sizes(results: Results) -> str:
             cells[2:] = [g, str(config.inter)]
         rows.append(("name", name, cells))
     head = ["", "what it is", "x, or the image", "g", "channels between"]
-    return page.details("Sizes of the gates and networks", page.table(head, rows)) if rows else ""
+    content = page.table(head, rows, {"what it is": "text"})
+    return page.details("Sizes of the gates and networks", content) if rows else ""
 
 
 def _networks(results: Results, figures: Figures) -> str:
@@ -126,21 +130,22 @@ def _networks(results: Results, figures: Figures) -> str:
         "network_inference": "<b>Inference.</b>",
         "network_step": "<b>Forward and backward</b>, without an optimizer, which costs the same for all.",
     }
-    rows = []
-    for name, config in results.configs.items():
-        for mode, title in (("inference", "inference"), ("step", "training step")):
-            found = [results.find(name, mode, provider) for provider in ("eager", "attn_gate")]
-            if config.kind != "network" or not all(row and row.times_ms for row in found):
-                continue
-            cells = [tables.counted_milliseconds(row, " ms") for row in found]
-            cells += ["" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB" for row in found]
-            rows.append(("name", f"{name}, {title}", [config.shape_text, *cells]))
-    head = ["", "image", "before", "after fuse_gates", "peak before", "peak after"]
+    lines = []
+    networks = [config for config in results.configs.values() if config.kind == "network"]
+    for mode, title in (("inference", "inference"), ("step", "training step")):
+        for config in networks:
+            found = [results.find(config.name, mode, provider) for provider in ("eager", "attn_gate")]
+            if all(found):
+                cells = [tables.time_and_spread(row) for row in found]
+                cells += [tables.mebibytes(row.peak_bytes) for row in found]
+                lines.append((title, config.name, [config.shape_text, *cells]))
+    head = ["", "image", "ms before", "ms after", "peak MiB before", "peak MiB after"]
+    table = page.table(head, _rows(lines)) + _legend(tables.legend(lines)) if lines else ""
     return page.section(
         "Whole networks",
         """Gates are a part of a network, so a network gains less than a gate. Before and after
         <code>attn_gate.fuse_gates(model)</code>: times, and the most that tensors of a call hold at once.""",
-        (page.table(head, rows, {}) if rows else "") + _panels(captions, figures),
+        table + _panels(captions, figures),
     )
 
 
@@ -178,7 +183,8 @@ def _scaling(figures: Figures) -> str:
         long for a voxel of a large map as for one of a small map, what leaves it upwards takes longer.""",
         "scaling_channels_inference": "The dotted line grows with the square of the channels, as work does.",
         "scaling_channels_step": "The memory limit grows with the channels only.",
-        "scaling_threads": "The dashed line is the number of threads. What is bound by memory gains less.",
+        "scaling_threads": """The thin line is as many times the speed as there are threads. What is bound by
+        memory gains less.""",
         "roofline": """Up is faster. Left of the bend memory is the limit, right of it arithmetic. Both roofs
         were measured in this run, as PyTorch's copy of a large buffer and PyTorch's best product of float32
         matrices; points may exceed them: small maps stay in caches, and others may multiply faster.""",
@@ -189,27 +195,29 @@ def _scaling(figures: Figures) -> str:
 def _compared(compared: dict[str, Any] | None) -> str:
     if compared is None:
         return ""
-    rows: list[tuple[str, str, list[str]]] = []
-    before = None
+    lines = []
     for row in compared["rows"]:
-        if row["verdict"] != before:
-            rows.append(("", row["verdict"], []))
-        before = row["verdict"]
         change = f"{row['change']:+.1%} ±{row['noise']:.1%}"
         cells = [change, f"{row['before_ms']:.2f} → {row['now_ms']:.2f}"]
-        rows.append(("", baseline.title(row, compared["threads"]), cells))
+        lines.append((row["verdict"], baseline.title(row, compared["threads"]), cells))
     caution = baseline.cautions(compared)
-    text = f"<b>{escape(caution[0].upper() + caution[1:])}.</b> " if caution else ""
-    text += f"""What isn't attn_gate's takes {compared["drift"]:+.0%} time ({compared["others"]} rows,
-    median): that is the machine, and is taken off the changes below."""
+    text = f"<b>{_sentence(caution)}</b> " if caution else ""
+    text += _sentence(baseline.machines_change(compared))
+    text += f" {_sentence(remark)}" if (remark := baseline.together(compared)) else ""
     since = escape(compared["baseline"][:16].replace("T", " "))
-    table = page.table(["", "change of time", "ms"], rows) if rows else ""
-    return page.section(f"Since {since}", text, table)
+    content = "<p>The runs have no row of attn_gate in common.</p>"
+    if lines:
+        content = page.table(["", "change of time", "ms"], _rows(lines, kind=""))
+    return page.section(f"Since {since}", text, content)
+
+
+def _sentence(text: str) -> str:
+    return f"{escape(text[0].upper() + text[1:])}."
 
 
 def _problems(results: Results) -> str:
-    rows = [("", str(remark), [""]) for remark in tables.remarks(results)]
-    return page.section("Not measured", "", page.table(["", ""], rows) if rows else "")
+    remarks = "".join(f"<li>{escape(str(remark))}</li>" for remark in tables.remarks(results))
+    return page.section("Not measured", "", f"<ul>{remarks}</ul>" if remarks else "")
 
 
 def _modelled(results: Results, figures: Figures) -> str:
@@ -236,15 +244,30 @@ def _method(results: Results) -> str:
 
 
 def _table(grid: tables.Grid) -> str:
-    rows: list[tuple[str, str, list[str]]] = []
-    before = None
-    for head, config, cells in grid.lines:
-        if head != before:
-            rows.append(("", head, []))
-        before = head
-        rows.append(("name", config, cells))
     head = ["", *(PROVIDERS[name].title for name in grid.columns)]
-    return page.details(escape(grid.title), page.table(head, rows, _COLUMNS))
+    table = page.table(head, _rows(grid.lines), _COLUMNS)
+    return page.details(escape(grid.title), _legend(grid.legend) + table)
+
+
+def _legend(text: str) -> str:
+    return f'<p class="legend">{escape(text)}.</p>' if text else ""
+
+
+def _rows(
+    lines: Iterable[tuple[str, str, list[str]]], kind: str = "name"
+) -> Iterator[tuple[str, str, Sequence[page.Cell]]]:
+    """Of a page's table, from (heading, name, cells): a heading where it changes, spreads in small type."""
+    before = ""
+    for head, name, cells in lines:
+        if head != before:
+            yield "", head, ()
+        before = head
+        yield kind, name, [_cell(text) for text in cells]
+
+
+def _cell(text: str) -> page.Cell:
+    number, sign, spread = text.partition(" ±")
+    return (number, f"±{spread}") if sign else text
 
 
 def _panels(captions: Mapping[str, str], figures: Figures) -> str:

@@ -7,20 +7,25 @@ import sys
 
 import torch
 
+_PATIENCE_S = 600
+
 
 def resident_bytes(config: str, dtype: str, threads: int, mode: str, provider: str) -> int | None:
     """How much a fresh process grows during the first call, libraries' own memory included; None: unknown.
 
     Raises:
-        RuntimeError: the process failed; the message is its last line.
+        RuntimeError: the process failed, the message is its last line; or it took too long.
     """
     if not sys.platform.startswith("linux"):
         return None
     command = [sys.executable, "-m", __name__, config, dtype, str(threads), mode, provider]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"no answer within {_PATIENCE_S} s") from None
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or "no message").splitlines()[-1])
-    return int(done.stdout)
+    return int(done.stdout.split()[-1])  # what libraries say comes before
 
 
 def main(config: str, dtype: str, threads: str, mode: str, provider: str) -> None:

@@ -39,10 +39,15 @@ class Summary:
         return self.count < ENOUGH
 
     @property
+    def spread(self) -> float:
+        """Half of what is between the quartiles, of few samples between the extremes, over the median."""
+        whole = self.high - self.low if self.few else self.q3 - self.q1
+        return whole / 2 / self.median
+
+    @property
     def noisy(self) -> bool:
-        """Whether quartiles, of few samples the extremes, are so far apart that the median says little."""
-        spread = self.high - self.low if self.few else self.q3 - self.q1
-        return spread > 0.25 * self.median
+        """Whether they are spread so far that the median says little."""
+        return self.spread > 0.125
 
 
 def summarise(samples: Sequence[float]) -> Summary:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import measure_renderables
 from rich.table import Table
 from rich.text import Text
 
@@ -15,9 +17,16 @@ from .results import Results, Row
 OURS = "attn_gate"
 NOISY = "~"  # before a time whose samples are far apart
 LEFT = "="  # before a time of attn_gate in which none of its operators ran
+WRONG = "✗"  # in place of a time
 MARKS = {
     NOISY: "quartiles, of fewer than 6 samples the extremes, more than a quarter of it apart",
     LEFT: "PyTorch's layers, which attn_gate leaves alone there",
+    WRONG: "doesn't match float64, so has no time",
+}
+_IN_CELLS = {
+    "±": "half of what lies between the quartiles, of fewer than 6 samples between the extremes",
+    **MARKS,
+    "of": "so few samples",
 }
 
 Cell = Callable[[Row], str]
@@ -30,21 +39,52 @@ class Grid:
     Attributes:
         title: what the numbers are.
         columns: names of providers.
-        lines: (heading, config, cells); empty cells where nothing was measured.
+        lines: (heading, name, cells); empty cells where nothing was measured.
+        legend: what the marks in the cells mean.
     """
 
     title: str
     columns: list[str]
     lines: list[tuple[str, str, list[str]]]
+    legend: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The title, and as many tables as it takes: each has the columns that the console has room for."""
+        yield Text(self.title, style="bold")
+        if self.legend:
+            yield Text(self.legend, style="dim")
+        first = 0
+        while first < len(self.columns):
+            table, last = self._table(first, first + 1), first + 1
+            while last < len(self.columns):
+                wider = self._table(first, last + 1)
+                # Without a limit, to which rich would cut the measure.
+                unlimited = options.update(max_width=10**4)
+                if measure_renderables(console, unlimited, [wider]).maximum > options.max_width:
+                    break
+                table, last = wider, last + 1
+            yield table
+            first = last
+
+    def _table(self, first: int, last: int) -> Table:
+        """Some of the columns, and the lines that have cells in these."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table.add_column("", no_wrap=True)
+        for name in self.columns[first:last]:
+            table.add_column(PROVIDERS[name].title.replace(" ", "\n", 1), justify="right", no_wrap=True)
+        before = ""
+        for head, name, cells in self.lines:
+            if not any(cells[first:last]):
+                continue
+            if head != before:
+                table.add_row(Text(head, style="bold"))
+            before = head
+            table.add_row(f" {name}", *cells[first:last])
+        return table
 
 
 def grids(results: Results) -> Iterator[Grid]:
     """All tables of measured numbers that are not empty."""
-    threads = threads_text(results.threads)
-    rows = [row for row in results.rows if row.times_ms]
-    notes = [f"{mark}: {text}" for mark, text in MARKS.items() if any(mark in marks(row) for row in rows)]
-    notes += ["n: of so few samples"] if any(row.summary.few for row in rows) else []
-    note = f" ({'; '.join(notes)})" if notes else ""
 
     def speedup(row: Row) -> str:
         which = {"dtype": row.dtype, "threads": row.threads}
@@ -59,7 +99,9 @@ def grids(results: Results) -> Iterator[Grid]:
 
     def share_of_copy(row: Row) -> str:
         copy = results.machine.get("copy_gbps")
-        return "" if row.gbps is None or not copy else f"{100 * row.gbps / copy:.0f} %"
+        if row.gbps is None or not copy or is_earlier(results, row):
+            return ""
+        return f"{100 * row.gbps / copy:.0f}%"
 
     def over_float32(row: Row) -> str:
         full = results.find(row.config, row.mode, row.provider, dtype="float32", threads=row.threads)
@@ -72,7 +114,7 @@ def grids(results: Results) -> Iterator[Grid]:
         return f"{one.median_ms / row.median_ms:.2f}x" if one and row.times_ms and row.threads > 1 else ""
 
     whole = (
-        (f"Milliseconds, median, {results.dtype}, {threads}{note}", counted_milliseconds),
+        (f"Milliseconds, median, {results.dtype}, {threads_text(results.threads)}", time_and_spread),
         (f"How many times faster {OURS} is, and its time in that of the memory limit", speedup),
         ("GB/s: bytes that must move over the time", bandwidth),
         ("GB/s relative to this machine's copy bandwidth", share_of_copy),
@@ -95,15 +137,40 @@ def _grid(results: Results, title: str, cell: Cell) -> Grid:
     """Cells of all rows by line and provider, without empty lines and columns."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in results.rows:
-        text = cell(row) if row.status == "measured" else ""
-        if text:
+        if text := cell(row):
             cells.setdefault((heading(results, row), row.config), {})[row.provider] = text
     used = {name for line in cells.values() for name in line}
     columns = [name for name in PROVIDERS if name in used]
     order = {name: number for number, name in enumerate(results.configs)}
     headings = list(dict.fromkeys(head for head, _ in cells))
     keys = sorted(cells, key=lambda key: (headings.index(key[0]), order.get(key[1], 0)))
-    return Grid(title, columns, [(*key, [cells[key].get(name, "") for name in columns]) for key in keys])
+    lines = [(*key, [cells[key].get(name, "") for name in columns]) for key in keys]
+    return Grid(title, columns, lines, legend(lines))
+
+
+def legend(lines: Iterable[tuple[str, str, list[str]]]) -> str:
+    """What the marks in these cells mean; empty where there are none."""
+    text = "".join(cell for *_, cells in lines for cell in cells)
+    return "; ".join(f"{mark}: {meaning}" for mark, meaning in _IN_CELLS.items() if mark in text)
+
+
+def is_earlier(results: Results, row: Row) -> bool:
+    """Whether `--add` took it over: what this run says of the machine needn't hold for it."""
+    return "" < row.measured < results.started
+
+
+def earlier_note(results: Results) -> str:
+    """How many rows are from earlier runs, and what that means; empty without any."""
+    rows = [row for row in results.rows if row.times_ms]
+    when = sorted(row.measured[:16].replace("T", " ") for row in rows if is_earlier(results, row))
+    if not when:
+        return ""
+    return (
+        f"{len(when)} of {len(rows)} rows are from earlier runs "
+        f"({' to '.join(dict.fromkeys((when[0], when[-1])))} UTC). "
+        "Those have no share of the copy bandwidth and no place in the roofline: both roofs, and what else "
+        "is said of the machine, are of this run."
+    )
 
 
 def heading(results: Results, row: Row) -> str:
@@ -116,21 +183,11 @@ def heading(results: Results, row: Row) -> str:
     return ", ".join(parts)
 
 
-def rich_tables(results: Results) -> Iterator[Table | Text]:
+def rich_tables(results: Results) -> Iterator[RenderableType]:
     """Everything that was found, for the terminal."""
-    for grid in grids(results):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        table.add_column("", no_wrap=True)
-        for name in grid.columns:
-            table.add_column(PROVIDERS[name].title.replace(" ", "\n", 1), justify="right", no_wrap=True)
-        before = None
-        for head, config, cells in grid.lines:
-            if head != before:
-                table.add_row(Text(head, style="bold"))
-            before = head
-            table.add_row(f" {config}", *cells)
-        yield Text(grid.title, style="bold")
-        yield table
+    if note := earlier_note(results):
+        yield Text(note, style="yellow")
+    yield from grids(results)
     if results.fits:
         yield _fits(results)
     yield from remarks(results)
@@ -163,18 +220,15 @@ def remarks(results: Results) -> Iterator[Text]:
         yield Text(f"{provider}: {status}{places}: {note}", style=style)
 
 
-def live(results: Results, config: str) -> Table:
+def live(results: Results, config: str) -> Grid:
     """What is known of the config that is being measured."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(config, no_wrap=True)
     rows = [row for row in results.rows if row.config == config and row.times_ms]
     names = [name for name in PROVIDERS if any(row.provider == name for row in rows)]
-    for name in names:
-        table.add_column(PROVIDERS[name].title.replace(" ", "\n", 1), justify="right")
+    lines = []
     for head in dict.fromkeys(heading(results, row) for row in rows):
         cells = {row.provider: milliseconds(row) for row in rows if heading(results, row) == head}
-        table.add_row(head, *(cells.get(name, "") for name in names))
-    return table
+        lines.append(("", head, [cells.get(name, "") for name in names]))
+    return Grid(config, names, lines)
 
 
 def line(results: Results, rows: list[Row]) -> str:
@@ -199,10 +253,17 @@ def milliseconds(row: Row) -> str:
     return marks(row) + three_digits(row.median_ms) if row.times_ms else ""
 
 
-def counted_milliseconds(row: Row, unit: str = "") -> str:
-    """The median, with how many samples it is of where these are few."""
-    few = row.times_ms and row.summary.few
-    return milliseconds(row) + unit + (f" n={row.summary.count}" if few else "")
+def time_and_spread(row: Row) -> str:
+    """Such as "~3.21 ±14%", with how many samples it is of where these are few, or that it is wrong."""
+    if row.status == "wrong":
+        return WRONG
+    if not row.times_ms:
+        return ""
+    s = row.summary
+    parts = [milliseconds(row)]
+    parts += [f"±{s.spread:.0%}"] if s.count > 1 else []
+    parts += [f"of {s.count}"] if s.few else []
+    return " ".join(parts)
 
 
 def mebibytes(count: int | None) -> str:

@@ -89,6 +89,10 @@ def plant(monkeypatch, make) -> None:
     monkeypatch.setitem(PROVIDERS, "planted", Provider("planted", "planted", make))
 
 
+def _interrupt():
+    raise KeyboardInterrupt
+
+
 class TestRun:
     @pytest.mark.slow
     def test_end_to_end(self, tmp_path, capsys):
@@ -159,8 +163,8 @@ class TestRun:
         for name in names:
             monkeypatch.setitem(PROVIDERS, name, dataclasses.replace(PROVIDERS[name], make=make))
         args = ("--config", "same-8", "--mode", "inference")
-        assert bench(tmp_path, "--provider", ",".join(names), *args) == code
-        assert [row["status"] for row in load(tmp_path)["rows"]] == ["wrong", "wrong"]
+        assert bench(tmp_path, "--provider", ",".join([*names, "limit"]), *args) == code
+        assert [row["status"] for row in load(tmp_path)["rows"]] == ["wrong", "wrong", "measured"]
         assert bench(tmp_path / "alone", "--provider", names[1], *args) == 1
 
     @pytest.mark.parametrize("config", ["paper-8", "lee-8"])
@@ -258,9 +262,43 @@ class TestRun:
         (tmp_path / "plots" / "mine.png").write_bytes(b"")
         assert (tmp_path / "plots" / "speed_step-dark.png").exists()
         assert bench(tmp_path, *args, "--mode", "inference") == 0
-        assert json.loads((tmp_path / "results.previous.json").read_text()) == before
+        (kept,) = tmp_path.glob("results.*-*.json")
+        assert json.loads(kept.read_text()) == before
         plots = {path.name for path in (tmp_path / "plots").iterdir()}
         assert {"mine.png", "speed_inference.png"} <= plots and "speed_step-dark.png" not in plots
+
+    def test_no_result_is_lost_however_often_runs_are_interrupted(self, monkeypatch, tmp_path):
+        args = ("--config", "same-8", "--mode", "inference", "--provider", "limit")
+        assert bench(tmp_path, *args) == 0
+        before = load(tmp_path)
+        os.utime(tmp_path / "results.json", (0, 0))  # long ago
+        monkeypatch.setattr(cli.machine, "rates", lambda where: _interrupt())
+        assert bench(tmp_path, *args) == 130
+        assert load(tmp_path) == before
+        monkeypatch.setattr(cli.machine, "rates", lambda where: {"copy_gbps": 10.0, "peak_gflops": 100.0})
+        monkeypatch.setattr(Case, "settle", lambda self: _interrupt())
+        for _ in range(2):
+            assert bench(tmp_path, *args) == 130
+            assert load(tmp_path)["rows"] == []
+        assert before in [json.loads(path.read_text()) for path in tmp_path.glob("results.*-*.json")]
+
+    def test_interrupted_while_it_writes_the_report(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(outputs.report, "html", lambda *args: _interrupt())
+        args = ("--config", "same-8", "--mode", "inference", "--provider", "limit")
+        assert bench(tmp_path, *args) == 130
+        assert len(load(tmp_path)["rows"]) == 1
+        assert f"{tmp_path / 'results.json'} has all" in capsys.readouterr().out.replace("\n", "")
+
+    def test_nothing_measured_is_no_success(self, monkeypatch, tmp_path, capsys):
+        absent = dataclasses.replace(PROVIDERS["limit"], name="absent", packages=("not_on_earth",))
+        monkeypatch.setitem(PROVIDERS, "absent", absent)
+        args = ("--config", "same-8", "--mode", "inference")
+        assert bench(tmp_path, *args, "--provider", "limit") == 0
+        for more in ((), ("--add",)):  # whatever there was before
+            assert bench(tmp_path, *args, "--provider", "absent", *more) == 1
+            printed = capsys.readouterr().out
+            assert "nothing could be measured" in printed and "pip install not_on_earth" in printed
+        assert bench(tmp_path, *args, "--provider", "absent,limit") == 0
 
     def test_inputs_that_cannot_be_made_cost_their_own_config_only(self, monkeypatch, tmp_path, capsys):
         def settle(self) -> None:
@@ -333,7 +371,8 @@ class TestArguments:
             ("--config", "", "there are same-8, paper-8"),
             ("--threads", "1,none", "whole numbers of at least 1"),
             ("--threads", "1,100000", "at most"),
-            ("--memory", "lots", "a size such as 512M"),
+            ("--memory", "lots", "a size of 1M at least, such as 512M"),
+            ("--memory", "0.0000001M", "a size of 1M at least, such as 512M"),
             ("--baseline", "no/such/folder", "no/such/folder can't be read"),
         ],
     )
@@ -354,6 +393,15 @@ class TestArguments:
         assert bench(folder, *args) == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
+
+    def test_a_quick_run_looks_for_no_largest_batch(self, tmp_path, capsys, monkeypatch):
+        said = self.refused(tmp_path, capsys, monkeypatch, "--memory", "2M")
+        assert "leave --quick or --memory out" in said
+
+    def test_plots_that_cannot_be_written(self, tmp_path, capsys, monkeypatch):
+        (tmp_path / "plots").write_text("")
+        said = self.refused(tmp_path, capsys, monkeypatch)
+        assert f"--out: {tmp_path} must be a folder to write to" in said
 
     def test_a_folder_that_is_a_file(self, tmp_path, capsys, monkeypatch):
         for name in ("file", "file/below"):
@@ -550,11 +598,19 @@ class TestResults:
         ]
         results = Results("", {"threads": 2}, {}, rows=rows)
         configs = [CONFIGS["same-256"], CONFIGS["lee-32"]]
-        assert gains.gain(results, configs, "step", ("eager",)) == gains.Gain(pytest.approx(8), 8, 8, 1)
+        assert gains.gain(results, configs, "step", ("eager",)) == gains.Gain((8.0,), (8.0,))
         assert gains.gain(results, configs, "step", PYTORCH).mean == pytest.approx(2)
         results.find("same-256", "step", "eager-channels-last").times_ms.clear()  # it was wrong
         assert gains.gain(results, configs, "step", PYTORCH).mean == pytest.approx(4)
         assert gains.gain(results, configs, "inference", PYTORCH) is None
+        assert gains.gain(results, configs[1:], "step", PYTORCH) is None
+
+    def test_a_mean_says_of_what_it_is_and_of_what_not(self):
+        found = gains.Gain((2.0, 3.0, 6.0), (0.91, 0.94, 0.97))
+        assert found.mean == pytest.approx(36 ** (1 / 3)) and gains.span(found.fused) == "2.00 to 6.00"
+        assert found.without == "without 3 left to PyTorch's layers (0.91 to 0.97)"
+        assert gains.Gain((2.0,), (0.98,)).without == "without 1 left to PyTorch's layers (0.98)"
+        assert gains.Gain((2.0,)).without == ""
 
 
 class TestSummary:
@@ -572,6 +628,10 @@ class TestSummary:
         s = summarise([1.0, 2.0, 2.01, 2.02, 2.03, 3.0])
         assert not s.noisy and not s.few
 
+    def test_the_spread_is_half_of_what_lies_between_the_quartiles(self):
+        assert summarise([8.0, 9.0, 9.0, 10.0, 10.0, 11.0, 11.0, 12.0]).spread == pytest.approx(0.1)
+        assert summarise([8.0, 10.0, 12.0]).spread == pytest.approx(0.2)  # the extremes of so few
+
     def test_the_median_is_within_its_interval_in_19_of_20_cases(self):
         generator = torch.Generator().manual_seed(0)
         samples = torch.randn((2000, 21), generator=generator).exp()
@@ -581,16 +641,15 @@ class TestSummary:
 
 class TestBaseline:
     @staticmethod
-    def results(scale: float, ours: float, spread: float = 0.01) -> Results:
+    def results(scale: float, ours: float, spread: float = 0.01, names=("a", "b")) -> Results:
         def times(median: float) -> list[float]:
             return [median * (1 + spread * step) for step in range(-5, 6)]
 
         rows = [
-            Row(name, "float32", 2, "step", "attn_gate", times_ms=times(10 * ours * scale))
-            for name in ("a", "b")
+            Row(name, "float32", 2, "step", "attn_gate", times_ms=times(10 * ours * scale)) for name in names
         ]
         rows += [
-            Row(name, "float32", 2, "step", "eager", times_ms=times(20 * scale)) for name in ("a", "b", "c")
+            Row(name, "float32", 2, "step", "eager", times_ms=times(20 * scale)) for name in (*names, "z")
         ]
         return Results("then", {"threads": 2}, {}, rows=rows)
 
@@ -598,8 +657,9 @@ class TestBaseline:
         ("ours", "verdict"), [(1.3, "slower"), (0.7, "faster"), (1.0, "same"), (1.02, "same")]
     )
     def test_verdicts_without_the_machines_own_change(self, ours, verdict):
-        compared = baseline.compare(self.results(1.5, ours), self.results(1.0, 1.0))
-        assert [row["verdict"] for row in compared["rows"]] == [verdict] * 2
+        results = partial(self.results, spread=0.002, names=range(40))
+        compared = baseline.compare(results(1.5, ours), results(1.0, 1.0))
+        assert [row["verdict"] for row in compared["rows"]] == [verdict] * 40
         assert compared["drift"] == pytest.approx(0.5)
         assert compared["rows"][0]["change"] == pytest.approx(ours - 1)
         assert baseline.is_slower(compared) == (verdict == "slower")
@@ -642,16 +702,111 @@ class TestBaseline:
                 del row.times_ms[5:]
         verdicts = {row["config"]: row["verdict"] for row in baseline.compare(new, old)["rows"]}
         assert verdicts == {"a": "unclear", "b": "slower"}
+        new, old = (self.results(1.0, 1.0, spread=0.002, names=range(40)) for _ in range(2))
+        del new.find(7, "step", "attn_gate").times_ms[5:]
+        verdicts = {row["config"]: row["verdict"] for row in baseline.compare(new, old)["rows"]}
+        assert verdicts.pop(7) == "unclear" and set(verdicts.values()) == {"same"}
 
-    def test_the_spread_of_the_others_is_that_of_95_percent(self):
-        new, old = self.results(1.0, 1.0, spread=0.0), self.results(1.0, 1.0, spread=0.0)
-        for row, factor in zip(
-            (row for row in new.rows if row.provider == "eager"), (0.9, 1.0, 1.2), strict=True
-        ):
-            row.times_ms[:] = [t * factor for t in row.times_ms]
-        middle = math.log(1 / 0.9)  # the median deviation of the three
-        noise = baseline.compare(new, old)["rows"][0]["noise"]
-        assert noise == pytest.approx(math.expm1(1.96 * 1.4826 * middle), rel=1e-3)
+    @staticmethod
+    def scattered(
+        generator: random.Random,
+        number: int = 20,
+        ours: float = 0.05,
+        others: float = 0.2,
+        slow: float = 0.02,
+    ) -> Results:
+        """A run in a mood of its own, whose medians scatter more than its samples say; the limit's most.
+
+        A row takes a third longer with a probability of `slow`.
+        """
+        mood, rows = generator.gauss(0, 0.1), []
+        scatters = {"attn_gate": ours, "eager": others, "eager-channels-last": others / 2, "limit": 0.5}
+        for provider, scatter in scatters.items():
+            for i in range(number):
+                # As between two runs, of which each has its part.
+                median = 10 * math.exp(mood + generator.gauss(0, scatter / math.sqrt(2)))
+                median *= 4 / 3 if generator.random() < slow else 1
+                times = [median * math.exp(generator.gauss(0, 0.03)) for _ in range(12)]
+                rows.append(Row(f"c{i}", "float32", 2, "step", provider, times_ms=times))
+        return Results("then", {"threads": 2}, {}, rows=rows)
+
+    @staticmethod
+    def slow_down(results: Results, factor: float, *configs: str) -> None:
+        for row in results.rows:
+            if row.is_ours and (not configs or row.config in configs):
+                row.times_ms[:] = [factor * t for t in row.times_ms]
+
+    @pytest.mark.parametrize("number", [3, 10, 20])
+    def test_scatter_between_runs_is_no_change(self, number):
+        generator = random.Random(number)
+        wrong = 0
+        for _ in range(200):
+            compared = baseline.compare(self.scattered(generator, number), self.scattered(generator, number))
+            wrong += any(row["verdict"] in ("slower", "faster") for row in compared["rows"])
+        assert wrong <= 0.05 * 200
+
+    @pytest.mark.parametrize(("factor", "verdict"), [(1.3, "slower"), (1 / 1.3, "faster")])
+    def test_what_has_changed_all_rows_is_found_in_most(self, factor, verdict):
+        generator = random.Random(0)
+        found, remarks = 0, 0
+        for _ in range(50):
+            new, old = self.scattered(generator), self.scattered(generator)
+            self.slow_down(new, factor)
+            compared = baseline.compare(new, old)
+            found += sum(row["verdict"] == verdict for row in compared["rows"])
+            remarks += "rows have changed together" in "".join(map(str, baseline.tables(compared)))
+        assert found >= 0.8 * 50 * 20
+        assert remarks >= 10
+
+    def test_what_has_changed_most_rows_is_not_said_of_the_rest(self):
+        generator = random.Random(0)
+        slowed, found, wrong = {f"c{i}" for i in range(12)}, 0, 0
+        for _ in range(50):
+            new, old = self.scattered(generator), self.scattered(generator)
+            self.slow_down(new, 1.5, *slowed)
+            rows = baseline.compare(new, old)["rows"]
+            slower = {row["config"] for row in rows if row["verdict"] == "slower"}
+            found += len(slower & slowed)
+            wrong += len(slower - slowed)
+        assert found >= 0.8 * 50 * 12 and wrong <= 0.1 * 50 * 8
+
+    def test_one_slower_row_is_found_though_all_scatter_and_only_that(self):
+        generator = random.Random(0)
+        found, wrong = 0, 0
+        for _ in range(50):
+            new, old = (self.scattered(generator, ours=0.02, others=0.1, slow=0.0) for _ in range(2))
+            self.slow_down(new, 1.5, "c7")
+            verdicts = {row["config"]: row["verdict"] for row in baseline.compare(new, old)["rows"]}
+            found += verdicts.pop("c7") == "slower"
+            wrong += not {"slower", "faster"}.isdisjoint(verdicts.values())
+        assert found >= 0.9 * 50 and wrong <= 0.05 * 50
+
+    def test_the_more_others_the_better_the_machines_change_is_known(self):
+        def noise(number: int, others: float) -> float:
+            new, old = (self.results(1.0, 1.0, spread=0.0, names=range(number)) for _ in range(2))
+            eager = [row for row in new.rows if row.provider == "eager"]
+            for i, row in enumerate(eager):
+                row.times_ms[:] = [t * math.exp(others * (i % 5 - 2)) for t in row.times_ms]
+            return baseline.compare(new, old)["rows"][0]["noise"]
+
+        assert noise(24, 0.3) > 2 * noise(24, 0.0)
+        assert noise(6, 0.3) > 1.5 * noise(24, 0.3)
+
+    def test_the_memory_limit_says_nothing_about_the_machine(self):
+        new, old = self.results(1.0, 1.3), self.results(1.0, 1.0)
+        compared = baseline.compare(new, old)
+        for results, factor in ((new, 3.0), (old, 1.0)):
+            results.add(
+                [Row(n, "float32", 2, "step", "limit", times_ms=[factor + i for i in range(9)]) for n in "ab"]
+            )
+        assert baseline.compare(new, old) == compared
+        for results in (new, old):
+            results.rows = [row for row in results.rows if row.provider != "eager"]
+        compared = baseline.compare(new, old)
+        assert compared["others"] == 0 and compared["drift"] == 0.0
+        said = "how much the machine itself has changed is not known"
+        assert baseline.machines_change(compared).startswith(said)
+        assert said in "".join(map(str, baseline.tables(compared)))
 
     def test_other_sizes_are_not_compared_and_other_machines_are_named(self, capsys):
         new, old = self.results(1.0, 1.3), self.results(1.0, 1.0)
@@ -719,7 +874,8 @@ class TestNetworks:
         assert 0 < kept["attn_gate"] < kept["eager"]
         assert all(row["needed_bytes"] is None for row in results["rows"])
         page = (tmp_path / "report.html").read_text()
-        assert all(f">net-oktay, {mode}</th><td>" in page for mode in ("inference", "training step"))
+        assert all(f"<span>{mode}</span>" in page for mode in ("inference", "training step"))
+        assert page.count(">net-oktay</th><td>1 × ") == 2
 
     def test_the_limit_of_a_network_is_no_row(self, tmp_path):
         assert bench(tmp_path, "--mode", "inference", "--provider", "eager,limit") == 0
@@ -759,7 +915,8 @@ class TestNetworks:
             raise ModuleNotFoundError("No module named 'nets'", name="nets")
 
         monkeypatch.setitem(networks.NETWORKS, "oktay", make)
-        assert bench(tmp_path) == 0
+        names = "net-oktay,same-8"
+        assert bench(tmp_path, "--config", names, "--mode", "inference") == 0
         assert "unavailable: pip install nets" in capsys.readouterr().out
 
 
@@ -1001,8 +1158,30 @@ class TestOutputs:
         lines = (tmp_path / "table.md").read_text().splitlines()
         (line,) = [line for line in lines if "`lee-32`" in line]
         assert " (=3.00 ms)" in line and lines[-1].startswith("=: PyTorch's layers")
+        left = "without 1 left to PyTorch's layers"
+        assert f"2.0 (eager) {left} (2.00), 1.50 (the fastest of PyTorch's own) {left} (1.50) |" in lines[-3]
         page = (tmp_path / "report.html").read_text()
-        assert "=3.00" in page and "2 of them" in page and "3 of them" in page
+        assert "=3.00" in page and "3 of them<" in page
+        assert f"geometric mean; 2.00, 2 of them, {left} (2.00)<" in page
+
+    def test_what_has_no_time_says_why(self, tmp_path):
+        results = made_up_results()
+        wrong = results.find("same-256", "inference", "compile")
+        wrong.status, wrong.times_ms = "wrong", []
+        results.find("same-256", "inference", "onnxruntime").times_ms.clear()
+        outputs.write_all(results, tmp_path)
+        lines = (tmp_path / "table.md").read_text().splitlines()
+        (line,) = [line for line in lines if "`same-256`" in line]
+        assert "| 2.0 / ✗ / – (" in line
+        assert lines[-1] == "✗: doesn't match float64, so has no time; –: not measured."
+        times = next(tables.grids(results))
+        (cells,) = [cells for head, name, cells in times.lines if (head, name) == ("inference", "same-256")]
+        assert dict(zip(times.columns, cells, strict=True)) == {
+            "attn_gate": "0.50 ±2%", "eager": "1.00 ±2%", "compile": "✗",
+            "onnxruntime": "", "limit": "0.40 ±2%",
+        }  # fmt: skip
+        assert "✗: doesn't match float64" in times.legend and "~" not in times.legend
+        assert "✗" not in next(tables.grids(made_up_results())).legend
 
     def test_the_page_says_sizes_and_the_fastest_of_pytorchs_own(self, folder):
         text = (folder / "report.html").read_text(encoding="utf-8")
@@ -1019,21 +1198,79 @@ class TestOutputs:
         assert "2.50 times in a training step of 1 gate" in report.html(results, {})
 
     def test_logs_have_room_for_all_columns(self, capsys):
-        results = made_up_results()
-        for provider in plan.full()[0].providers:
-            row = copy.deepcopy(results.find("same-256", "step", "attn_gate"))
-            row.provider, row.times_ms = provider, [2000.0, 3000.0]
-            results.add([row])
+        results = of_all_providers()
         for part in tables.rich_tables(results):
             Console(width=cli.LOG_WIDTH).print(part)
         printed = capsys.readouterr().out
-        assert "~2500 n=2" in printed and "…" not in printed
+        assert "~2500 ±20% of 2" in printed and "…" not in printed
+
+    @pytest.mark.parametrize("width", [40, 60, 80, 200])
+    def test_every_number_is_whole_in_a_narrow_terminal(self, width, capsys):
+        results = of_all_providers()
+        for grid in tables.grids(results):
+            Console(width=width).print(grid)
+            printed = capsys.readouterr().out
+            assert "…" not in printed and max(map(len, printed.splitlines())) <= width
+            for cell in {cell for *_, cells in grid.lines for cell in cells}:
+                assert cell in printed
+            parts = self.parts(printed)
+            assert printed.count(" same-256 ") >= parts  # the names are there again in each
+            assert parts > 1 or len(grid.columns) < 8 or width > 80
+        Console(width=width).print(tables.live(results, "same-256"))
+        assert "…" not in capsys.readouterr().out
+
+    @staticmethod
+    def parts(printed: str) -> int:
+        """How many tables there are: each has a line under its head."""
+        return sum(set(line.strip()) == {"─"} for line in printed.splitlines())
+
+    def test_a_part_of_a_table_has_as_many_columns_as_fit(self, capsys):
+        lines = [("", "a", ["1", "2", ""]), ("", "b", ["", "", "3"])]
+        grid = tables.Grid("", ["attn_gate", "eager", "limit"], lines)
+        for width, parts in ((40, 1), (24, 2)):
+            Console(width=width).print(grid)
+            printed = capsys.readouterr().out
+            assert self.parts(printed) == parts
+        assert printed.count(" a ") == printed.count(" b ") == 1  # where they have cells
 
     def test_few_samples_are_counted(self):
         row = made_up_results().rows[0]
-        assert "n=" not in tables.counted_milliseconds(row)
-        del row.times_ms[2:]
-        assert tables.counted_milliseconds(row, " ms").endswith(" ms n=2")
+        assert tables.time_and_spread(row) == "1.00 ±2%"
+        row.times_ms = [1.0, 1.2]
+        assert tables.time_and_spread(row) == "1.10 ±9% of 2"
+        row.times_ms = [1.0]
+        assert tables.time_and_spread(row) == "1.00 of 1"
+
+    def test_the_roofs_of_a_run_are_not_those_of_earlier_rows(self):
+        results = made_up_results()
+        share = "GB/s relative to this machine's copy bandwidth"
+        whole = {grid.title: grid for grid in tables.grids(results)}[share]
+        assert tables.earlier_note(results) == ""
+        gates = [row for row in results.rows if row.config in ("same-256", "lee-32")]
+        for row in gates:
+            row.measured = "2025-12-31T22:10:00+00:00"
+        for row in results.rows:
+            row.measured = row.measured or results.started
+        (left,) = [grid for grid in tables.grids(results) if grid.title == share]
+        names = [{name for _, name, _ in grid.lines} for grid in (whole, left)]
+        assert names[0] - names[1] == {"same-256", "lee-32"}
+        _, *points = charts.roofline(results, theme.LIGHT).axes[0].lines
+        assert [len(line.get_xdata()) for line in points] == [2, 2]  # of monai-96 alone
+        note = tables.earlier_note(results)
+        count = f"{len(gates) - 1} of {len(results.rows) - 1} rows"  # one has no time
+        assert note.startswith(f"{count} are from earlier runs (2025-12-31 22:10 UTC)")
+        assert note in report.html(results, {})
+        assert str(next(tables.rich_tables(results))) == note
+
+    def test_a_comparison_without_others_knows_nothing_of_the_machine(self):
+        results = made_up_results()
+        assert "that isn't attn_gate's" not in report.html(results, {})
+        results.compared = baseline.compare(
+            Results("", results.machine, {}, rows=[row for row in results.rows if row.is_ours]), results
+        )
+        assert results.compared["others"] == 0 and results.compared["rows"]
+        page = report.html(results, {})
+        assert "is not known" in page and "+0%" not in page
 
     @pytest.mark.parametrize("name", charts.FIGURES)
     def test_titles_are_within_their_figures(self, name):
@@ -1056,11 +1293,31 @@ class TestOutputs:
         ticks = charts.speedups(results, theme.LIGHT, "step", ("gate",)).axes[0].get_xticks()
         assert min(ticks) < 1 < max(ticks)
 
-    def test_values_of_threads_are_not_struck_through(self):
-        axes = charts.thread_scaling(made_up_results(), theme.LIGHT).axes[0]
-        axes.figure.draw_without_rendering()
-        line = axes.transData.transform((2, 0))[0]
-        assert axes.texts and all(text.get_window_extent().x1 < line for text in axes.texts)
+    def test_curves_of_threads_have_all_that_was_measured(self):
+        results = made_up_results()
+        for row in [row for row in results.rows if row.config == "same-256" and row.threads == 1]:
+            for threads in (4, 8)[: 1 if row.provider == "eager" else 2]:
+                more = copy.deepcopy(row)
+                more.threads, more.times_ms = threads, [t / threads**0.5 for t in row.times_ms]
+                results.add([more])
+        figure = charts.thread_scaling(results, theme.LIGHT)
+        panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+        ideal, *lines = panels["same-256, step"].lines
+        assert list(ideal.get_xdata()) == list(ideal.get_ydata()) == [1, 2, 4, 8]
+        found = {line.get_color(): line.get_xydata().tolist() for line in lines}
+        assert found == {
+            theme.LIGHT.eager: [[1, 1], [2, 2], [4, pytest.approx(2)]],
+            theme.LIGHT.fused: [[1, 1], [2, 2], [4, pytest.approx(2)], [8, pytest.approx(8**0.5)]],
+        }
+        assert [line.get_xdata()[-1] for line in panels["lee-32, step"].lines] == [8, 2, 2]
+
+    def test_numbers_at_the_ends_of_curves_do_not_touch(self):
+        figure = charts.thread_scaling(made_up_results(), theme.LIGHT)
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            one, other = (text.get_window_extent() for text in axes.texts)
+            assert not one.overlaps(other)
+            assert max(one.x1, other.x1) <= axes.bbox.x1 + 1
 
     @pytest.mark.parametrize("width", [360, 1280])
     @pytest.mark.parametrize("look", ["light", "dark"])
@@ -1071,6 +1328,14 @@ class TestOutputs:
         assert seen["loaded"] == len(charts.FIGURES)
         assert (sum(seen["background"]) < 3 * 60) == (look == "dark")
         assert seen["narrowest"] >= min(width - 70, 280)
+        assert seen["names"] and all(seen["names"]), "names that scroll out of sight"
+
+    def test_a_desks_screen_has_room_for_all_providers(self, tmp_path):
+        results, page = of_all_providers(), tmp_path / "report.html"
+        for row in results.rows:
+            row.times_ms *= 3  # so that they aren't few
+        page.write_text(report.html(results, {}), encoding="utf-8")
+        assert browse(page, 1280, "light", tmp_path)["cut"] == []
 
 
 def made_up_results() -> Results:
@@ -1106,6 +1371,16 @@ def made_up_results() -> Results:
     return results
 
 
+def of_all_providers() -> Results:
+    """With long numbers from everybody in the full plan."""
+    results = made_up_results()
+    for provider in plan.full()[0].providers:
+        row = copy.deepcopy(results.find("same-256", "step", "attn_gate"))
+        row.provider, row.times_ms = provider, [2000.0, 3000.0]
+        results.add([row])
+    return results
+
+
 def browse(page: Path, width: int, look: str, folder: Path) -> dict:
     """What a browser makes of the page in a window of this width; skips where there is none."""
     browsers = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
@@ -1119,9 +1394,15 @@ def browse(page: Path, width: int, look: str, folder: Path) -> dict:
     onload = () => {{
       const page = document.getElementById("f").contentDocument, view = page.defaultView;
       const images = [...page.images];
+      page.querySelectorAll("details").forEach(d => d.open = true);
+      const tables = [...page.querySelectorAll(".table")].filter(t => t.scrollWidth > t.clientWidth);
+      page.querySelectorAll(".table").forEach(t => t.scrollLeft = 1000);
+      const names = [...page.querySelectorAll("th.name")].map(
+        th => th.getBoundingClientRect().left >= th.closest(".table").getBoundingClientRect().left);
       document.getElementById("seen").textContent = JSON.stringify({{
         width: page.documentElement.scrollWidth,
         loaded: images.filter(i => i.complete && i.naturalWidth > 0).length,
+        names: names, cut: tables.map(t => t.textContent.slice(0, 60)),
         narrowest: Math.min(...images.map(i => i.clientWidth)),
         background: view.getComputedStyle(page.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number),
       }});

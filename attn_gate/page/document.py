@@ -9,6 +9,8 @@ from pathlib import Path
 
 from attn_gate.page.theme import Drawn
 
+Cell = str | tuple[str, str]  # of a table: its text, or that and what is small beside it
+
 
 def document(title: str, sections: Iterable[str], footer: str) -> str:
     """The whole page of these sections, empty ones left out; the title is text, the rest HTML."""
@@ -58,24 +60,35 @@ def section(title: str, text: str, content: str) -> str:
 
 
 def table(
-    head: Sequence[str], rows: Iterable[tuple[str, str, Sequence[str]]], classes: Mapping[str, str] = {}
+    head: Sequence[str], rows: Iterable[tuple[str, str, Sequence[Cell]]], classes: Mapping[str, str] = {}
 ) -> str:
     """Rows of (class of the name, name, cells); classes: of the columns, by their titles.
 
-    Text is escaped. A row without cells is a heading within the table.
+    Text is escaped. A row without cells is a heading within the table. Where the screen is too narrow, the
+    names stay and the rest is swiped.
     """
-    titles = "".join(f'<th class="{classes.get(title, "")}">{escape(title)}</th>' for title in head)
+    kinds = [classes.get(title, "") for title in head]
+    titles = "".join(_cell("th", *pair) for pair in zip(kinds, head, strict=True))
     lines = []
     for kind, name, cells in rows:
         if not cells:
-            lines.append(f'<tr class="heading"><th colspan="{len(head)}">{escape(name)}</th></tr>')
+            # The heading is as wide as the table: its text alone can stay when that is swiped.
+            title = f"<span>{escape(name)}</span>"
+            lines.append(f'<tr class="heading"><th colspan="{len(head)}">{title}</th></tr>')
             continue
-        values = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        lines.append(f'<tr><th class="{kind}">{escape(name)}</th>{values}</tr>')
+        values = "".join(_cell("td", *pair) for pair in zip(kinds[1:], cells, strict=True))
+        lines.append(f"<tr>{_cell('th', kind, name)}{values}</tr>")
     return (
         f'<div class="table" tabindex="0"><table><thead><tr>{titles}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _cell(tag: str, kind: str, content: Cell) -> str:
+    text, beside = (content, "") if isinstance(content, str) else content
+    small = f" <small>{escape(beside)}</small>" if beside else ""
+    attribute = f' class="{kind}"' if kind else ""
+    return f"<{tag}{attribute}>{escape(text)}{small}</{tag}>"
 
 
 def details(summary: str, content: str) -> str:
