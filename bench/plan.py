@@ -85,9 +85,9 @@ def full() -> list[Group]:
     gates, sweeps, networks = _of("gate"), _of("sweep"), _of("network")
     finest = ("same-256", "paper-256", "lee-256", "monai-96", "oktay-80", "keras-256")
     # Like finer ones of their family: without torch.compile, or with none but eager and the limit beside.
-    not_compiled = ("lee-128", "lee-64", "lee-32", "monai-48", "oktay-40")
     alike = ("monai-24", "monai-12", "oktay-20", "keras-128", "keras-64", "keras-32")
-    unlike = tuple(name for name in gates if name not in (*finest, *not_compiled, *alike))
+    compiled = ("same3d-96",)
+    coarser = tuple(name for name in gates if name not in (*finest, *alike, *compiled))
     by_parts = ("same-256", "lee-256", "monai-96")
     weighed = ("same-256", "monai-96")
     memory_bound = ("same-256", "same-128", "paper-256", "same3d-96")
@@ -95,8 +95,8 @@ def full() -> list[Group]:
     counts = tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n < torch.get_num_threads())
     return [
         Group(finest, finest, Patience(21, 6, 1.0), providers=(*_ALL, "attn_gate-unkept")),
-        Group(unlike, gates, Patience(21, 6, 1.0), providers=_ALL),
-        Group(not_compiled, not_compiled, Patience(21, 6, 1.0), providers=_NOT_COMPILED),
+        Group(compiled, gates, Patience(21, 6, 1.0), providers=_ALL),
+        Group(coarser, coarser, Patience(21, 6, 1.0), providers=_NOT_COMPILED),
         Group(alike, alike, Patience(21, 6, 1.0), providers=(*_PAIR, "limit")),
         Group(by_parts, finest, Patience(15, 6, 0.5), modes=("forward", "backward")),
         Group(memory_bound, memory_bound, Patience(15, 6, 1.0), dtypes=("bfloat16",)),
