@@ -606,7 +606,7 @@ def test_every_device_and_backend_of_one_interface(operator):
         assert all(torch.equal(found[name], t) for name, t in expected.items())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # what is registered stays
 def beside():
     """A backend beside the native one: the CPU kernels once more, under another namespace."""
     calls = []

@@ -11,7 +11,7 @@ from attn_gate import functional
 def main() -> None:
     # Of one element, so that whoever goes on finds out by the size of y: 8 GiB.
     x = torch.zeros(1).expand(1, 1, 2**16, 2**15)
-    with pytest.raises(ValueError, match=r"less than 2146435072 voxels; x is \[1, 1, 65536, 32768\]"):
+    with pytest.raises(ValueError, match=r"at most 2146435071 voxels; x is \[1, 1, 65536, 32768\]"):
         functional.apply_attention(x, torch.zeros(1, 1, 2, 2), backend="triton")
     x, g, psi = torch.randn(1, 2, 4, 4), torch.randn(1, 3, 4, 4), torch.randn(1, 0, 1, 1)
     weights = torch.randn(0, 2, 1, 1).requires_grad_(), torch.randn(0, 3, 1, 1)

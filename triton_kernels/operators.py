@@ -12,8 +12,8 @@ from .._library import empty_results
 from . import launch
 from .geometry import Resize, grid_of, is_channels_last, layout_of, native, new_map
 from .passes import (
+    MOST_VOXELS,
     ONE,
-    WIDE_FROM,
     Gradients,
     Problem,
     run_apply_alone,
@@ -51,9 +51,9 @@ def _maps(like: Tensor, **maps: tuple[Tensor | None, int | None]) -> list[Tensor
     for name, (t, channels) in maps.items():
         _check(t, name, like, (like.shape[0], channels, *[None] * (like.ndim - 2)), like.dtype)
         # Of a sample; many channels of fewer voxels are fine.
-        if t is not None and math.prod(t.shape[2:]) >= WIDE_FROM:
+        if t is not None and math.prod(t.shape[2:]) > MOST_VOXELS:
             raise ValueError(
-                f"attn_gate: the Triton kernels take grids of less than {WIDE_FROM} voxels; {name} is "
+                f"attn_gate: the Triton kernels take grids of at most {MOST_VOXELS} voxels; {name} is "
                 f"{list(t.shape)}: take another backend"
             )
     return [t if t is None else native(t) for t, _ in maps.values()]

@@ -32,6 +32,7 @@ from .parameters import project_kernel, spread_kernel, sum_kernel, weights_kerne
 ONE = (1, 1, 1)
 # Elements of a sample from which offsets take 64 bits; lanes beyond the end must not wrap around.
 WIDE_FROM = 2**31 - 2**20
+MOST_VOXELS = WIDE_FROM - 1  # of a grid, which 32 bits count
 # Bytes of scratch that all programs of a launch may take together.
 SCRATCH = 2**24
 
