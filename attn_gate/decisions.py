@@ -91,8 +91,8 @@ def is_watched(layer: nn.Module) -> bool:
     own = layer.__dict__  # where tools like LoRA's put a forward of theirs
     if "forward" in own or "_conv_forward" in own or has_hooks(layer):
         return True
-    if torch.compiler.is_compiling():  # which guards what is asked so, and not what a dictionary lacks
-        return getattr(layer.forward, "__func__", None) is not type(layer).forward
+    if torch.compiler.is_compiling():
+        return layer.forward is None  # never: but asked so it is guarded, and what a dictionary lacks isn't
     return listened_globally()
 
 
