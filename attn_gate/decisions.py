@@ -86,14 +86,17 @@ def has_hooks(layer: nn.Module) -> bool:
     )
 
 
-def is_watched(layer: nn.Module) -> bool:
-    """Whether this layer has to be called: somebody waits for that, or its forward isn't its class's."""
+def has_to_be_called(layer: nn.Module) -> bool:
+    """Whether somebody waits for this layer's call, or its forward isn't its class's."""
     own = layer.__dict__  # where tools like LoRA's put a forward of theirs
     if "forward" in own or "_conv_forward" in own or has_hooks(layer):
         return True
-    if torch.compiler.is_compiling():
-        return layer.forward is None  # never: but asked so it is guarded, and what a dictionary lacks isn't
-    return listened_globally()
+    return layer.forward is None  # never: but torch.compile guards this, and not what a dictionary lacks
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether it has to be called, or somebody waits for layers of any kind."""
+    return has_to_be_called(layer) or (not torch.compiler.is_compiling() and listened_globally())
 
 
 def listened_globally() -> bool:
@@ -116,7 +119,7 @@ def _call(x: Any, g: Any, options: tuple) -> tuple | None:
 
 def _states(layers: Iterable[tuple[str, nn.Module | None]]) -> list | None:
     """What decisions depend on in these layers; None where that may change without a trace here."""
-    states: list[Any] = []
+    states: list[Any] = [listened_globally()]  # once for all layers: this is asked at each call
     for name, layer in layers:
         states += (name, type(layer))
         if layer is None:
@@ -124,7 +127,7 @@ def _states(layers: Iterable[tuple[str, nn.Module | None]]) -> list | None:
         if isinstance(layer, nn.SyncBatchNorm):
             return None  # its process group may come and go
         # A frozen ScriptModule has no mode.
-        states += (getattr(layer, "training", None), is_watched(layer))
+        states += (getattr(layer, "training", None), has_to_be_called(layer))
         if "weight" in layer._parameters and (weight := layer._parameters["weight"]) is not None:
             states += (type(weight), weight.dtype, weight.device, weight.shape)
         states += (name in layer._buffers and layer._buffers[name] is None for name in _STATISTICS)

@@ -35,7 +35,7 @@ from attn_gate.decisions import is_traced, is_watched
 from attn_gate.eager import Parts
 from attn_gate.folding import fold, is_foldable, summed
 from attn_gate.norms import FOLDABLE, BiasedBatchNorm
-from attn_gate.reference import accumulation_dtype
+from attn_gate.reference import accumulation_dtype, autocast_dtype
 from attn_gate.spec import GateSpec
 
 Moments = tuple[Tensor | None, Tensor | None]
@@ -157,17 +157,16 @@ def run(spec: GateSpec, parts: Parts, x: Tensor, g: Tensor, *, backend: str) -> 
     more than one voxel on each grid. psi's norm may be any.
     """
     x, g = functional.cast(x, g)
-    with _without_autocast(x.device):
+    with _without_autocast(x):
         gate, tensors = _Gate.of(spec, parts, backend), _tensors(parts)
         if not gate.by_function(parts, (x, g, *tensors)):
             return gate.composed(x, g, tensors, parts)
         return _Function.apply(gate, parts, x, g, *tensors)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """The meta device has none."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+def _without_autocast(t: Tensor) -> AbstractContextManager:
+    """Off on t's device, where it is on."""
+    return nullcontext() if autocast_dtype(t) is None else torch.autocast(t.device.type, enabled=False)
 
 
 def _tensors(parts: Parts) -> list[Tensor | None]:
@@ -418,7 +417,7 @@ class _Function(torch.autograd.Function):
         gate, (need_x, need_g, *needs) = ctx.gate, ctx.needs_input_grad[2:]
         x, g, logits, *saved = ctx.saved_tensors
         found, tensors = (saved[:3], saved[3:6]), saved[6:]
-        with _without_autocast(x.device):
+        with _without_autocast(x):
             if dy is None and dalpha is None:
                 return (None,) * (len(needs) + 4)
             if torch.is_grad_enabled():
